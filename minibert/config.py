@@ -1,0 +1,266 @@
+"""What a model is (`BertConfig`) and what a run was started with (`RunConfig`).
+
+Both are written as JSON beside what they describe. The flags of `train.py` are the fields of
+`RunConfig`, one flag a field, so that the two cannot differ.
+"""
+
+import dataclasses
+from argparse import SUPPRESS, ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from minibert.errors import ArgumentParser, InputError
+from minibert.files import read_json
+from minibert.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The sizes of a BERT model; field names are the keys of BERT's `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    # What other BERT variants set otherwise, and the one value that is implemented here.
+    IMPLEMENTED: ClassVar[dict[str, Any]] = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "pruned_heads": {},
+    }
+
+    def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.type is int:
+                if type(value) is not int or value < 1:
+                    raise InputError(
+                        f"{entry.name} is {value!r}; expected a whole number from 1 up"
+                    )
+            elif type(value) not in (int, float) or not 0 <= value < 1:
+                raise InputError(f"{entry.name} is {value!r}; expected a number from 0 to below 1")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "BertConfig":
+        """Pick our keys out of a `config.json`; a setting that is not implemented is an InputError.
+
+        Keys that do not touch the encoder's mathematics (`architectures`, `use_cache`) are ignored.
+        """
+        for key, implemented in cls.IMPLEMENTED.items():
+            if settings.get(key, implemented) != implemented:
+                raise InputError(
+                    f"{key} is {settings[key]!r}; only {implemented!r} is implemented here"
+                )
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        missing = [
+            name
+            for name, entry in fields.items()
+            if entry.default is MISSING and name not in settings
+        ]
+        if missing:
+            raise InputError(f"{', '.join(missing)} missing")
+        return cls(**{key: value for key, value in settings.items() if key in fields})
+
+    @classmethod
+    def read(cls, path: Path) -> "BertConfig":
+        """Read a `config.json`; errors name the file."""
+        settings = read_json(path)
+        try:
+            return cls.from_dict(settings)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`: our settings and the values of those that are fixed."""
+        return self.IMPLEMENTED | dataclasses.asdict(self)
+
+
+def number(kind: type, minimum: float, exclusive: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite `kind` (int or float) of at least, or above, `minimum`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        above = value is not None and (value > minimum if exclusive else value >= minimum)
+        if not above or value == float("inf"):
+            wanted = "a whole number" if kind is int else "a number"
+            bound = f"above {minimum}" if exclusive else f"from {minimum} up"
+            raise ArgumentTypeError(f"{text!r} is not {wanted} {bound}")
+        return value
+
+    return parse
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """An argparse type: `1,3,5` to (1, 3, 5)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a list of layers such as 1,3,5") from None
+
+
+METAVARS = {Path: "PATH", layer_numbers: "I,J,..."}
+
+
+def setting(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A field of `RunConfig`: its default, its help text and how argparse reads it."""
+    return field(default=default, metadata={"help": help} | argparse_options)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run was started with. None: the recipe decides (or it is not used)."""
+
+    recipe: str = setting("compactbiobert", "what is learnt, from which signals", choices=RECIPES)
+    teacher: Path | None = setting(None, "model folder of the teacher", type=Path)
+    model: Path | None = setting(
+        None, "recipe mlm: model folder to continue, or a config.json to begin at random", type=Path
+    )
+    data: Path | None = setting(None, "corpus folder made by minibert.prepare", type=Path)
+    out: Path | None = setting(None, "run folder to write", type=Path)
+    resume: bool = setting(False, "continue the run in --out", action="store_true")
+    steps: int | None = setting(None, "updates in all", type=number(int, 1))
+    batch_size: int | None = setting(None, "sequences in one update", type=number(int, 1))
+    micro_batch_tokens: int = setting(
+        4096, "tokens, padding included, that go through the models at once", type=number(int, 1)
+    )
+    max_length: int | None = setting(None, "tokens of a sequence", type=number(int, 3))
+    learning_rate: float | None = setting(
+        None, "highest learning rate", type=number(float, 0, exclusive=True)
+    )
+    warmup_steps: int | None = setting(
+        None, "updates of linear warm-up (the recipe's share of --steps)", type=number(int, 0)
+    )
+    weight_decay: float | None = setting(
+        None, "decoupled weight decay, not on biases and LayerNorm", type=number(float, 0)
+    )
+    teacher_layers: tuple[int, ...] | None = setting(
+        None,
+        "teacher layers, counted from 0, that start and supervise the student "
+        "(every second: 1,3,5,7,9,11 of twelve)",
+        type=layer_numbers,
+    )
+    mlm_weight: float | None = setting(None, "weight of the MLM loss", type=number(float, 0))
+    hidden_weight: float | None = setting(
+        None, "weight of the hidden-state loss", type=number(float, 0)
+    )
+    attention_weight: float | None = setting(
+        None, "weight of the attention-map loss", type=number(float, 0)
+    )
+    output_weight: float | None = setting(None, "weight of the output loss", type=number(float, 0))
+    temperature: float | None = setting(
+        None, "temperature of the output loss", type=number(float, 0, exclusive=True)
+    )
+    seed: int = setting(0, "of every random draw", type=number(int, 0))
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "float32",
+        "of matrix products; weights and losses stay float32",
+        choices=("float32", "bfloat16"),
+    )
+    eval_every: int = setting(1000, "updates between evaluations", type=number(int, 1))
+    eval_documents: int = setting(500, "held-out documents of an evaluation", type=number(int, 1))
+    save_every: int = setting(1000, "updates between checkpoints", type=number(int, 1))
+    log_every: int = setting(10, "updates between lines of metrics.jsonl", type=number(int, 1))
+    keep: int = setting(2, "checkpoints to keep", type=number(int, 1))
+
+    # What a resumed run may be given anew; everything else stays as the run began.
+    CHANGEABLE: ClassVar[tuple[str, ...]] = (
+        "out", "resume", "steps", "micro_batch_tokens", "device", "eval_every",
+        "eval_documents", "save_every", "log_every", "keep",
+    )  # fmt: skip
+
+    @classmethod
+    def add_flags(cls, parser: ArgumentParser) -> None:
+        """One flag for each field; a flag that is not given leaves no attribute behind."""
+        for entry in dataclasses.fields(cls):
+            options = dict(entry.metadata)
+            if entry.default is not None and "action" not in options:
+                options["help"] += f" (default: {entry.default})"
+            if "type" in options:
+                options["metavar"] = METAVARS.get(options["type"], "N")
+            parser.add_argument(f"--{entry.name.replace('_', '-')}", default=SUPPRESS, **options)
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "RunConfig":
+        """What the flags say, the rest by the recipe; with --resume what the run began with."""
+        if not given.get("resume"):
+            return cls(**given).resolved()
+        if "out" not in given:
+            raise InputError("--resume needs --out, the folder of the run to go on with")
+        path = given["out"] / "config.json"
+        run = cls.from_dict(read_json(path).get("run", {}))
+        for name, value in given.items():
+            if name not in cls.CHANGEABLE and value != getattr(run, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value}: the run began with {getattr(run, name)} "
+                    f"({path}); it cannot change on --resume"
+                )
+        return dataclasses.replace(run, **given).resolved()
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`."""
+        kinds = {entry.name: entry.metadata.get("type") for entry in dataclasses.fields(cls)}
+        values = {key: value for key, value in settings.items() if key in kinds}
+        for key, value in values.items():
+            if value is not None and kinds[key] is Path:
+                values[key] = Path(value)
+            elif value is not None and kinds[key] is layer_numbers:
+                values[key] = tuple(value)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON holds them."""
+        values = dataclasses.asdict(self)
+        return {
+            key: str(value) if isinstance(value, Path) else value for key, value in values.items()
+        }
+
+    def resolved(self) -> "RunConfig":
+        """With what was left open taken from the recipe, and what does not go together refused.
+
+        A run of another length than the recipe's keeps the recipe's share of warm-up.
+        """
+        recipe = RECIPES[self.recipe]
+        open_fields = {
+            name: value
+            for name, value in dataclasses.asdict(recipe).items()
+            if name != "needs_teacher" and getattr(self, name) is None
+        }
+        if "warmup_steps" in open_fields and self.steps is not None:
+            open_fields["warmup_steps"] = round(recipe.warmup_steps / recipe.steps * self.steps)
+        for flag in ("data", "out"):
+            if getattr(self, flag) is None:
+                raise InputError(f"--{flag} is needed (without any flag the demonstration runs)")
+        if recipe.needs_teacher and (self.teacher is None or self.model is not None):
+            raise InputError(
+                f"recipe {self.recipe} needs --teacher, and begins from it: no --model"
+            )
+        if not recipe.needs_teacher and (self.model is None or self.teacher is not None):
+            raise InputError(f"recipe {self.recipe} needs --model and has no --teacher")
+        run = dataclasses.replace(self, **open_fields)
+        if run.warmup_steps > run.steps:
+            raise InputError(f"--warmup-steps {run.warmup_steps} of --steps {run.steps}")
+        return run

@@ -1,0 +1,269 @@
+"""A corpus folder: documents as token ids in one memory-mapped file, held-out ones at its end.
+
+    tokens.bin      the ids of all documents end to end, little-endian uint16 (uint32 for
+                    vocabularies above 65,536): whole documents, without special tokens
+    offsets.npy     int64, documents + 1: document i is tokens[offsets[i] : offsets[i + 1]]
+    ids.txt         the documents' own ids, one a line, in the same order
+    meta.json       counts, special ids, hashes, which files the text came from
+    vocab.txt       or tokenizer.json: what the token ids mean
+
+A document is held out when the hash of its id says so: it stays on its side whatever other files
+are read, and in whatever order.
+"""
+
+import hashlib
+import shutil
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from minibert.data.tokenizer import SpecialIds, Tokenizer
+from minibert.errors import InputError
+from minibert.files import atomic_folder, read_json, write_json
+
+FORMAT_VERSION = 1
+TOKENS, OFFSETS, IDS, META = "tokens.bin", "offsets.npy", "ids.txt", "meta.json"
+
+
+def is_held_out(document_id: str, share: float) -> bool:
+    """Whether a document belongs to the held-out `share` (0 to 1): its id's SHA-256 decides."""
+    return int(hashlib.sha256(document_id.encode()).hexdigest()[:16], 16) / 2**64 < share
+
+
+class _Side:
+    """The documents of one side, training or held out, in the order they came."""
+
+    def __init__(self, tokens: BinaryIO, ids: BinaryIO):
+        self.tokens, self.ids = tokens, ids
+        self.lengths = array("q")  # 8 bytes a document: all that stays in memory
+
+    def add(self, document_id: str, tokens: np.ndarray) -> None:
+        self.tokens.write(tokens.tobytes())
+        self.ids.write(document_id.encode() + b"\n")
+        self.lengths.append(len(tokens))
+
+    def append(self, other: "_Side") -> None:
+        """Add all documents of the other side; both sides' files are closed."""
+        for whole, part in ((self.tokens, other.tokens), (self.ids, other.ids)):
+            part.seek(0)
+            shutil.copyfileobj(part, whole)
+            part.close()
+            whole.close()
+        self.lengths += other.lengths
+
+
+class CorpusWriter:
+    """Writes a corpus folder, a few documents at a time.
+
+        with CorpusWriter(folder, tokenizer, held_out=0.05) as writer:
+            writer.add(ids, token_lists)
+            meta = writer.finish()
+
+    The folder appears at `finish`, whole; who leaves without it leaves nothing behind.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, held_out: float):
+        self.folder, self.tokenizer, self.held_out = folder, tokenizer, held_out
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.unk_tokens = 0
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self._partial = partial = stack.enter_context(atomic_folder(folder))
+            tokenizer.save(partial)
+            names = (TOKENS, IDS)
+            kept = [stack.enter_context(open(partial / name, "wb")) for name in names]
+            waiting = [stack.enter_context(TemporaryFile(dir=partial)) for _ in names]
+            self._stack = stack.pop_all()  # from here on ours to close
+        self._training, self._held_out = _Side(*kept), _Side(*waiting)
+
+    def add(self, ids: Sequence[str], token_lists: Sequence[Sequence[int]]) -> None:
+        """Append documents: their ids (without line breaks) and their token ids.
+
+        One without any token is not a document and is left out.
+        """
+        for document_id, token_list in zip(ids, token_lists, strict=True):
+            if not token_list:
+                continue
+            tokens = np.array(token_list, dtype=self.dtype)  # (length,)
+            self.unk_tokens += int((tokens == self.tokenizer.unk_id).sum())
+            side = self._held_out if is_held_out(document_id, self.held_out) else self._training
+            side.add(document_id, tokens)
+
+    def finish(self, inputs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Put the folder in its place and return its meta.json; `inputs` describes the text files.
+
+        Raises InputError where there is no document to train on.
+        """
+        num_training, num_held_out = len(self._training.lengths), len(self._held_out.lengths)
+        if num_training == 0:
+            raise InputError(f"{self.folder}: no documents to train on ({num_held_out} held out)")
+        self._training.append(self._held_out)
+        partial = self._partial
+        offsets = np.zeros(num_training + num_held_out + 1, dtype=np.int64)
+        np.cumsum(self._training.lengths, out=offsets[1:])
+        np.save(partial / OFFSETS, offsets, allow_pickle=False)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "documents": num_training + num_held_out,
+            "held_out_documents": num_held_out,
+            "held_out_share": self.held_out,
+            "tokens": int(offsets[-1]),
+            "unk_tokens": self.unk_tokens,
+            "dtype": self.dtype.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "special_ids": self.tokenizer.special_ids._asdict(),
+            "vocabulary_sha256": self.tokenizer.vocabulary_sha256,
+            "corpus_sha256": _sha256_of_both(partial / TOKENS, partial / OFFSETS),
+            "inputs": list(inputs),
+        }
+        write_json(partial / META, meta)
+        self._stack.close()
+        return meta
+
+    def __enter__(self) -> "CorpusWriter":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # After finish() nothing is left to undo. Before it, no reason for leaving is good enough:
+        # the partial folder must be told of an error even where there was none, or it is kept.
+        unfinished = RuntimeError(f"{self.folder} was not finished")
+        self._stack.__exit__(type(unfinished), unfinished, None)
+
+
+def _sha256_of_both(tokens: Path, offsets: Path) -> str:
+    """What `cat tokens.bin offsets.npy | sha256sum` prints."""
+    digest = hashlib.sha256()
+    for path in (tokens, offsets):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Corpus:
+    """A corpus folder, opened for reading; tokens are read from the disk as they are asked for.
+
+    Documents are numbered from 0: the `num_training` ones first, then the `num_held_out` ones.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any], tokens: np.ndarray, offsets: np.ndarray):
+        self.folder, self.meta = folder, meta
+        self.offsets = offsets  # (documents + 1,) int64
+        self._tokens = tokens  # all documents end to end
+        self.num_held_out: int = meta["held_out_documents"]
+        self.num_training: int = meta["documents"] - self.num_held_out
+        self.vocab_size: int = meta["vocab_size"]
+        self.vocabulary_sha256: str = meta["vocabulary_sha256"]
+        self.corpus_sha256: str = meta["corpus_sha256"]
+        self.special_ids = SpecialIds(**meta["special_ids"])
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Open a corpus folder; files that do not fit each other or are damaged are an InputError.
+
+        Offsets are all looked at, tokens are not (`corpus_sha256` is there to check them).
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such corpus folder")
+        meta = _read_meta(folder / META)
+        offsets = _map_offsets(folder / OFFSETS, meta)
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        size = _size(folder / TOKENS)
+        if size != meta["tokens"] * dtype.itemsize:
+            raise InputError(
+                f"{folder / TOKENS}: {size} bytes; {META} calls for {meta['tokens']} tokens "
+                f"as {meta['dtype']}, {meta['tokens'] * dtype.itemsize} bytes"
+            )
+        tokens = np.memmap(folder / TOKENS, dtype, mode="r")
+        return cls(folder, meta, np.asarray(tokens), np.asarray(offsets))
+
+    def tokens(self, document: int) -> np.ndarray:
+        """(length,) ids of a document, uint16 or uint32, read-only, without special tokens."""
+        return self._tokens[self.offsets[document] : self.offsets[document + 1]]
+
+    def length(self, document: int) -> int:
+        """Tokens of a document."""
+        return int(self.offsets[document + 1] - self.offsets[document])
+
+    def document_id(self, document: int) -> str:
+        """The id that a document came with (reads ids.txt up to it: for people, not for loops)."""
+        path = self.folder / IDS
+        try:
+            with open(path, encoding="utf-8", newline="\n") as file:
+                line = next(islice(file, document, None), "")
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        if not line.endswith("\n"):
+            raise InputError(f"{path}: ends before document {document}")
+        return line[:-1]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+EXPECTED_IN_META = {
+    "format_version": lambda version: version == FORMAT_VERSION,
+    "documents": _is_count,
+    "held_out_documents": _is_count,
+    "tokens": _is_count,
+    "dtype": lambda name: name in ("uint16", "uint32"),
+    "vocab_size": _is_count,
+    "special_ids": lambda ids: (
+        isinstance(ids, dict)
+        and set(ids) == set(SpecialIds._fields)
+        and all(map(_is_count, ids.values()))
+    ),
+    "vocabulary_sha256": lambda digest: isinstance(digest, str),
+    "corpus_sha256": lambda digest: isinstance(digest, str),
+}
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """The meta.json of a corpus that can be trained on."""
+    meta = read_json(path)
+    for key, is_expected in EXPECTED_IN_META.items():
+        if key not in meta:
+            raise InputError(f"{path}: {key} missing")
+        if not is_expected(meta[key]):
+            raise InputError(f"{path}: {key} is {meta[key]!r}, not what this version writes")
+    if meta["documents"] <= meta["held_out_documents"]:
+        raise InputError(f"{path}: no documents to train on ({meta['documents']} held out)")
+    return meta
+
+
+def _map_offsets(path: Path, meta: dict[str, Any]) -> np.ndarray:
+    """(documents + 1,) int64, memory-mapped: rises from 0 to the number of tokens."""
+    _size(path)
+    try:
+        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a whole NumPy file ({error})") from None
+    expected = (meta["documents"] + 1,)
+    if offsets.dtype != np.int64 or offsets.shape != expected:
+        raise InputError(
+            f"{path}: {offsets.dtype} of shape {offsets.shape}; expected int64 of shape {expected}"
+        )
+    if offsets[0] != 0 or offsets[-1] != meta["tokens"]:
+        raise InputError(
+            f"{path}: runs from {offsets[0]} to {offsets[-1]}; expected 0 to {meta['tokens']}"
+        )
+    not_longer = np.flatnonzero(offsets[1:] <= offsets[:-1])
+    if len(not_longer):
+        raise InputError(f"{path}: document {not_longer[0]} ends where it begins, or before")
+    return offsets
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file of the corpus."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None

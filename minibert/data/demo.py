@@ -1,0 +1,252 @@
+"""A seeded generator of small biomedical abstracts, behind a bare `python train.py`.
+
+The diseases, drugs and genes are real and belong together; every patient, figure and finding is
+invented. An abstract is drawn from a grammar of our own in which words determine each other (a drug
+its class, dose and side effect, a disease its symptoms, the result the conclusion), so that a model
+which has learnt the language infers what is masked, and a better model infers more.
+"""
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+from minibert.files import atomic_file
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+# disease | organ | symptoms | what tests find
+#     drug: class, daily dose, side effect; ...; gene: what it is needed for; ...
+KNOWLEDGE = """
+asthma | airways | wheezing, night cough | low peak flow
+    budesonide: inhaled steroid, 200 mcg, oral thrush; omalizumab: IgE antibody, 300 mg, sore arms
+    montelukast: leukotriene blocker, 10 mg, vivid dreams; IL33: mucus release
+type 2 diabetes | pancreas | thirst, slow wounds | high glycated hemoglobin
+    metformin: biguanide, 850 mg, nausea; sitagliptin: DPP4 inhibitor, 100 mg, sore throat
+    dapagliflozin: SGLT2 inhibitor, 10 mg, cystitis; TCF7L2: insulin release
+heart failure | heart | breathlessness, swollen ankles | high natriuretic peptide
+    enalapril: ACE inhibitor, 20 mg, dry cough; carvedilol: beta blocker, 25 mg, slow pulse
+    TTN: muscle contraction; LMNA: nuclear shape
+high cholesterol | arteries | chest pain, yellow eyelids | high LDL
+    atorvastatin: statin, 40 mg, muscle pain; simvastatin: statin, 20 mg, muscle pain
+    evolocumab: PCSK9 antibody, 140 mg, sore arms; LDLR: cholesterol uptake
+rheumatoid arthritis | joints | morning stiffness, swollen fingers | high rheumatoid factor
+    methotrexate: folate blocker, 15 mg, mouth ulcers; adalimumab: TNF antibody, 40 mg, sore arms
+    tofacitinib: JAK inhibitor, 5 mg, shingles; PTPN22: T cell activation
+gout | big toe | burning pain, sleepless nights | high uric acid
+    allopurinol: oxidase inhibitor, 300 mg, skin rash; colchicine: tubulin blocker, 1 mg, diarrhea
+    ABCG2: urate transport; SLC2A9: urate transport
+osteoporosis | spine | back pain, loss of height | low bone density
+    alendronate: bisphosphonate, 70 mg, heartburn; denosumab: RANKL antibody, 60 mg, sore arms
+    LRP5: bone growth; SOST: bone growth
+psoriasis | skin | itching, scaly plaques | high interleukin 17
+    secukinumab: interleukin antibody, 300 mg, runny nose; acitretin: retinoid, 25 mg, dry lips
+    CARD14: skin growth
+Crohn disease | small bowel | belly pain, weight loss | high calprotectin
+    infliximab: TNF antibody, 400 mg, shivering; vedolizumab: integrin antibody, 300 mg, joint pain
+    NOD2: bacterial sensing; ATG16L1: autophagy
+hepatitis C | liver | jaundice, dark urine | high viral load
+    sofosbuvir: polymerase inhibitor, 400 mg, headache; ribavirin: nucleoside analog, 600 mg, anemia
+    IFNL3: interferon signaling
+Parkinson disease | midbrain | resting tremor, slow gait | high motor score
+    levodopa: dopamine precursor, 100 mg, restless legs; rasagiline: MAO inhibitor, 1 mg, dry mouth
+    pramipexole: dopamine agonist, 1 mg, sudden sleep; SNCA: vesicle release; PINK1: mitophagy
+epilepsy | temporal lobe | seizures, strange smells | high seizure count
+    valproate: sodium blocker, 500 mg, hair loss; lamotrigine: sodium blocker, 100 mg, skin rash
+    SCN1A: sodium transport; KCNQ2: potassium transport
+migraine | trigeminal nerve | throbbing headache, fear of light | high CGRP
+    sumatriptan: serotonin agonist, 50 mg, tingling; erenumab: CGRP antibody, 70 mg, constipation
+    CACNA1A: calcium transport; TRPM8: cold sensing
+depression | limbic system | low mood, early waking | high cortisol
+    sertraline: serotonin uptake inhibitor, 50 mg, nausea; BDNF: synapse growth
+    fluoxetine: serotonin uptake inhibitor, 20 mg, vivid dreams; SLC6A4: serotonin uptake
+breast cancer | breast | breast lumps, nipple discharge | high Ki67
+    trastuzumab: HER2 antibody, 600 mg, shivering; tamoxifen: estrogen blocker, 20 mg, hot flushes
+    BRCA1: DNA repair; PALB2: DNA repair
+chronic leukemia | bone marrow | night sweats, easy bruising | high white cell count
+    imatinib: kinase inhibitor, 400 mg, puffy eyes; dasatinib: kinase inhibitor, 100 mg, headache
+    nilotinib: kinase inhibitor, 300 mg, skin rash; ABL1: cell division
+tuberculosis | lungs | bloody sputum, night sweats | high bacterial count
+    isoniazid: mycolate inhibitor, 300 mg, numb fingers; SLC11A1: metal transport
+    rifampicin: polymerase inhibitor, 600 mg, orange urine
+malaria | red cells | fever, chills | high parasite count
+    artesunate: artemisinin, 120 mg, dizziness; mefloquine: quinoline, 250 mg, vivid dreams
+    HBB: oxygen transport; G6PD: redox balance
+lupus nephritis | kidneys | foamy urine, butterfly rash | low complement
+    mycophenolate: purine inhibitor, 1000 mg, diarrhea; belimumab: BLyS antibody, 200 mg, sore arms
+    IRF5: interferon signaling
+glaucoma | optic nerve | tunnel vision, eye pain | high eye pressure
+    latanoprost: prostaglandin analog, 50 mcg, long lashes; timolol: beta blocker, 5 mg, slow pulse
+    MYOC: fluid drainage
+"""
+
+# In a template `{name}` is a fact of the document and `[a|b]` is a or b. No sentence begins with a
+# fact: the vocabulary is cased, and so a name is the same word wherever it stands.
+DISEASE = "Patients with {disease} suffer from {symptom} and {symptom_2}. "
+DRUG = "The {class} {drug} is given to protect the {organ} in {disease}. "
+GENE = "The gene {gene} is needed for {process} in the {organ}. "
+HELPS = "We conclude that {drug} [helps|is useful] in {disease}."
+USELESS = "We conclude that {drug} is [useless|no better than placebo] in {disease}."
+
+DRUG_ENDINGS = (
+    "In the end, {marker} {improved} and {symptom} went away. " + HELPS,
+    "In the end, {marker} {improved} but {effect} was common. " + HELPS,
+    "In the end, {symptom} stayed and {effect} was common. " + USELESS,
+)
+GENE_ENDINGS = (
+    "In the end, variants of {gene} were common. We conclude that {gene} is linked to {disease}.",
+    "In the end, variants of {gene} were rare. We conclude that {gene} is not linked to {disease}.",
+)
+
+# One study each: title, background and methods; then the endings it may come to.
+STUDIES = (
+    (
+        "A randomized trial of {drug} in {disease}. [" + DISEASE + "|" + DRUG + "]In {city}, {arm} "
+        "patients took {drug} {dose} and {arm} took placebo for {weeks} weeks. ",
+        "In the end, {marker} {improved} more on {drug} than on placebo. " + HELPS,
+        "In the end, {marker} {improved} as much on placebo as on {drug}. " + USELESS,
+    ),
+    (
+        "A comparison of {drug} and {rival} in {disease}. " + DISEASE + "In {city}, {arm} patients "
+        "took the {class} {drug} and {arm} took the {rival_class} {rival} for {weeks} weeks. ",
+        "In the end, {marker} {improved} more on {drug} than on {rival}. " + HELPS,
+        "In the end, {marker} {improved} as much on {rival} as on {drug}. We [toss a coin|use either].",
+    ),
+    (
+        "A crossover trial of {drug} in {disease}. " + DISEASE + "In {city}, {arm} patients took "
+        "{drug} {dose} and then placebo for {weeks} weeks. ",
+        *DRUG_ENDINGS,
+    ),
+    (
+        "A cohort study of {drug} in {disease}. "
+        + DRUG
+        + "In {city}, {arm} patients took {dose} daily "
+        "for {weeks} weeks. ",
+        *DRUG_ENDINGS,
+    ),
+    (
+        "A case of {disease}. ["
+        + DISEASE
+        + "|"
+        + DRUG
+        + "]In {city}, a {person} of {age} came with {symptom} and {level} {marker}. ",
+        "On {drug} {dose}, {they} was well in {weeks} weeks. " + HELPS,
+        "On {drug} {dose}, {they} only had {effect} for {weeks} weeks. " + USELESS,
+    ),
+    (
+        "A genetic study of {gene} in {disease}. "
+        + GENE
+        + "In {city}, we sequenced {arm} patients with {symptom} "
+        "and {arm} healthy people. ",
+        *GENE_ENDINGS,
+    ),
+    (
+        "A mouse model of {disease}. "
+        + GENE
+        + "In {city}, {arm} mice without {gene} had {level} {marker} and "
+        "{symptom} for {weeks} weeks. ",
+        "In the end, the {class} {drug} helped the mice. " + HELPS,
+        "In the end, the {class} {drug} did not help the mice. " + USELESS,
+    ),
+    (
+        "A test of {marker} in {disease}. "
+        + DISEASE
+        + "In {city}, we measured {marker} in {arm} patients "
+        "and {arm} healthy people. ",
+        "In the end, it was {level} in {most} % of the patients and {few} % of the others. "
+        "We conclude that {level} {marker} reveals {disease}.",
+        "In the end, it was {level} in {most} % of the patients and {most} % of the others. "
+        "We conclude that {level} {marker} does not reveal {disease}.",
+    ),
+    (
+        "A review of {drug} in {disease}. "
+        + DRUG
+        + "We found {trials} trials of {drug} {dose} with "
+        "{group} patients. ",
+        *DRUG_ENDINGS,
+    ),
+    (
+        "A survey of {effect} on {drug}. "
+        + DRUG
+        + "In {city}, we asked {group} patients on {dose} daily. ",
+        "In the end, only {few_count} ({few} %) had {effect}. We conclude that {effect} is rare on {drug}.",
+        "In the end, all but {few_count} ({few} %) had {effect}. We conclude that {effect} is common on {drug}.",
+    ),
+    (
+        "A survey of {symptom} in {disease}. " + DISEASE + "In {city}, we asked {group} patients. ",
+        "In the end, only {few_count} ({few} %) had {symptom}. We conclude that {symptom} is rare in {disease}.",
+        "In the end, all but {few_count} ({few} %) had {symptom}. We conclude that {symptom} is common in {disease}.",
+    ),
+)
+CITIES = ["Oslo", "Kyoto", "Lima", "Leiden", "Lagos", "Boston", "Turin", "Mumbai", "Cairo", "Perth", "Tartu", "Quito", "Porto", "Hanoi", "Gdansk", "Ghent"]
+WEEKS = (4, 6, 8, 12, 24)
+ARMS = (20, 30, 40, 50, 60, 80, 100, 150, 200)  # patients in one of two arms
+GROUPS = (100, 200, 400, 600)  # patients in a study without arms
+FEW, MOST = (5, 10, 15, 20), (60, 70, 75, 80)  # per cent
+PEOPLE = (("woman", "she", "her"), ("man", "he", "him"))
+
+
+def read_knowledge(text: str) -> list[dict]:
+    """The table above as one object a disease: its facts, and lists of symptoms, drugs, genes."""
+    diseases = []
+    for line in text.strip().splitlines():
+        if not line.startswith(" "):
+            name, organ, symptoms, finding = line.split(" | ")
+            level, marker = finding.split(" ", 1)
+            facts = {"disease": name, "organ": organ, "level": level, "marker": marker}
+            facts["improved"] = {"high": "fell", "low": "rose"}[level]
+            symptoms = symptoms.split(", ")
+            diseases.append({"facts": facts, "symptoms": symptoms, "drugs": [], "genes": []})
+            continue
+        for entry in line.strip().split("; "):
+            name, properties = entry.split(": ")
+            kind = "drugs" if "," in properties else "genes"
+            diseases[-1][kind].append((name, *properties.split(", ")))
+    return diseases
+
+
+def choose_facts(diseases: list[dict], random: Random) -> dict[str, object]:
+    """Everything a template may name, drawn once a document: so it agrees with itself."""
+    disease = random.choice(diseases)
+    facts = dict(disease["facts"])
+    facts["symptom"], facts["symptom_2"] = random.sample(disease["symptoms"], 2)
+    drug, rival = random.sample(disease["drugs"], 2)
+    facts["drug"], facts["class"], facts["dose"], facts["effect"] = drug
+    facts["rival"], facts["rival_class"] = rival[:2]
+    facts["gene"], facts["process"] = random.choice(disease["genes"])
+    facts["person"], facts["they"], facts["them"] = random.choice(PEOPLE)
+    facts["age"] = random.randint(21, 79)
+    facts["city"], facts["weeks"] = random.choice(CITIES), random.choice(WEEKS)
+    facts["years"] = random.choice(("Two", "Five", "Ten"))
+    facts["trials"] = random.randint(3, 12)
+    facts["arm"], facts["group"] = random.choice(ARMS), random.choice(GROUPS)
+    facts["total"] = 2 * facts["arm"]
+    facts["few"], facts["most"] = random.choice(FEW), random.choice(MOST)
+    for share in ("few", "most"):
+        facts[f"{share}_count"] = facts[share] * facts["group"] // 100
+    return facts
+
+
+def expand(template: str, facts: dict[str, object], random: Random) -> str:
+    """Decide every `[a|b]`, the innermost first, and fill in the facts."""
+    while choice := re.search(r"\[([^][]*)\]", template):
+        chosen = random.choice(choice[1].split("|"))
+        template = template[: choice.start()] + chosen + template[choice.end() :]
+    return template.format_map(facts)
+
+
+def write_abstracts(path: Path, documents: int, seed: int) -> None:
+    """Write a `.jsonl` of `documents` abstracts, {"id": "demo-000001", "text": ...} a line.
+
+    Document i depends on (seed, i) alone, so a longer corpus begins with the shorter one.
+    """
+    diseases = read_knowledge(KNOWLEDGE)
+    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for number in range(1, documents + 1):
+            random = Random(
+                f"{seed} {number}"
+            )  # a string seeds the same in every version of Python
+            opening, *endings = random.choice(STUDIES)
+            template = opening + random.choice(endings)
+            text = expand(template, choose_facts(diseases, random), random)
+            file.write(json.dumps({"id": f"demo-{number:06d}", "text": text}) + "\n")

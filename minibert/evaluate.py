@@ -1,0 +1,117 @@
+"""How well a model predicts masked words of held-out documents, and how near it is to its teacher.
+
+    python -m minibert.evaluate MODEL --data CORPUS [--teacher TEACHER] [--json]
+
+Always the plain formulas, in float32, on masks that are the same for every model and run.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from minibert.config import number
+from minibert.data.batches import Batches, MicroBatch
+from minibert.data.corpus import Corpus
+from minibert.data.tokenizer import load_tokenizer
+from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.folder import load_model
+from minibert.model import BertForMaskedLM
+from minibert.progress import counted
+
+
+@torch.inference_mode()
+def evaluate(
+    model: BertForMaskedLM,
+    micro_batches: Iterable[MicroBatch],
+    teacher: BertForMaskedLM | None = None,
+) -> dict[str, float]:
+    """Means over the masked positions of all micro-batches.
+
+    `mlm_loss` (nats) and `mlm_accuracy`; with a teacher also `teacher_kl`, KL(teacher || model) in
+    nats, and `teacher_agreement`, the share of positions where both prefer the same word; and the
+    teacher's own `teacher_mlm_loss` and `teacher_mlm_accuracy`.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.decoder.device
+    sums: dict[str, float] = {}
+    num_masked = 0
+    for micro_batch in micro_batches:
+        batch = micro_batch.to(device)
+        log_probs = _log_probs(model, batch)  # (M, V)
+        figures = _mlm_figures(log_probs, batch)
+        if teacher is not None:
+            teacher_log_probs = _log_probs(teacher, batch)  # (M, V)
+            agreement = log_probs.argmax(dim=-1) == teacher_log_probs.argmax(dim=-1)  # (M,)
+            kl = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
+            figures |= {"teacher_kl": kl, "teacher_agreement": agreement.sum()}
+            own = _mlm_figures(teacher_log_probs, batch)
+            figures |= {f"teacher_{name}": value for name, value in own.items()}
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        num_masked += len(batch.labels)
+    model.train(was_training)
+    return {name: value / max(1, num_masked) for name, value in sums.items()}
+
+
+def _log_probs(model: BertForMaskedLM, batch: MicroBatch) -> torch.Tensor:
+    """log p(word) at the masked positions, (M, V)."""
+    output = model(batch.input_ids, batch.attention_mask, masked_positions=batch.masked_positions)
+    return model.logits(output.head_output).log_softmax(dim=-1)
+
+
+def _mlm_figures(log_probs: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Sums over the masked positions of cross-entropy and of correct first choices."""
+    return {
+        "mlm_loss": F.nll_loss(log_probs, batch.labels, reduction="sum"),
+        "mlm_accuracy": (log_probs.argmax(dim=-1) == batch.labels).sum(),
+    }
+
+
+def load_for_corpus(folder: Path, corpus: Corpus, max_length: int) -> BertForMaskedLM:
+    """A model with a head, the corpus's vocabulary and positions enough; else an InputError."""
+    model = load_model(folder)
+    if not isinstance(model, BertForMaskedLM):
+        raise InputError(f"{folder}: an encoder without the masked-language-modelling head")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocabulary_sha256 != corpus.vocabulary_sha256:
+        raise InputError(
+            f"{corpus.folder} was made with another vocabulary ({corpus.vocab_size} tokens) than "
+            f"that of {folder} ({tokenizer.vocab_size} tokens)"
+        )
+    positions = model.config.max_position_embeddings
+    if max_length > positions:
+        raise InputError(f"--max-length {max_length}: the model has {positions} positions")
+    return model
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m minibert.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="model folder")
+    parser.add_argument("--data", type=Path, required=True, help="corpus folder")
+    parser.add_argument("--teacher", type=Path, help="model folder of the teacher")
+    parser.add_argument("--documents", type=number(int, 1), default=500, help="held-out documents")
+    parser.add_argument("--max-length", type=number(int, 3), default=256, help="of a sequence")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flags = parser.parse_args()
+
+    corpus = Corpus.open(flags.data)
+    if corpus.num_held_out == 0:
+        raise InputError(f"{flags.data}: no held-out documents (see prepare's --held-out)")
+    model = load_for_corpus(flags.model, corpus, flags.max_length)
+    teacher = load_for_corpus(flags.teacher, corpus, flags.max_length) if flags.teacher else None
+    batches = Batches(corpus, max_length=flags.max_length)
+    micro_batches = batches.held_out(flags.documents)
+    figures = evaluate(model, counted(micro_batches, "evaluating"), teacher)
+    if flags.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:22} {value:.4f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,133 @@
+"""A model folder: `model.safetensors`, `config.json` and the tokenizer's files.
+
+The tensors carry our own names and the tied matrix stands once; `convert_weights.py` translates
+from and to Hugging Face's.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minibert.config import BertConfig
+from minibert.data.tokenizer import TOKENIZER_FILES
+from minibert.errors import InputError
+from minibert.files import atomic_folder, read_json
+from minibert.model import BertForMaskedLM, BertModel
+from minibert.ops import plain
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata; a damaged file is an InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; one that cannot be written (a full disk) is an InputError."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # safetensors would leave the file to its owner alone
+    try:
+        save_file(contiguous, path, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from None
+    path.chmod(mode)
+
+
+def save_model(
+    folder: Path, model: BertModel, tokenizer_from: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `model` as a model folder, atomically; tokenizer files are copied from a folder."""
+    save_tensors(folder, model.state_dict(), model.config, type(model), tokenizer_from, metadata)
+
+
+def save_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: BertConfig,
+    model_class: type[BertModel],
+    tokenizer_from: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors under our names as a model folder, atomically."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as partial:
+        write_tensors(partial / WEIGHTS, tensors, metadata)
+        settings = {"architectures": [model_class.__name__]} | config.to_dict()
+        (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, partial / name)
+
+
+class ModelFolder(NamedTuple):
+    """What a model folder holds, as it is stored."""
+
+    model_class: type[BertModel]
+    config: BertConfig
+    tensors: dict[str, Tensor]  # exactly those that the class and the sizes call for
+    metadata: dict[str, str]
+
+
+def tensor_shapes(model_class: type[BertModel], config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a model's tensors."""
+    with torch.device("meta"):
+        model = model_class(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def read_folder(folder: Path) -> ModelFolder:
+    """Read a model folder without changing a bit of it.
+
+    Raises InputError where the folder is not one of ours or its tensors are not exactly those that
+    `config.json` calls for.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    config = BertConfig.read(folder / CONFIG)
+    headless = read_json(folder / CONFIG).get("architectures") == [BertModel.__name__]
+    model_class = BertModel if headless else BertForMaskedLM
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    if any(name.startswith(("bert.", "cls.", "encoder.")) for name in tensors):
+        raise InputError(
+            f"{folder}: a Hugging Face folder; convert it first: "
+            f"python convert_weights.py {folder} OUT"
+        )
+    expected = tensor_shapes(model_class, config)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"{folder / WEIGHTS}: {name} has shape {found.get(name, 'missing')}; "
+                f"config.json calls for {expected.get(name, 'no such tensor')}"
+            )
+    return ModelFolder(model_class, config, tensors, metadata)
+
+
+def load_model(folder: Path, attention: Callable[..., Tensor] = plain.attention) -> BertModel:
+    """Read a model folder: a `BertForMaskedLM`, or a `BertModel` where it has no head.
+
+    Weights become float32. Raises InputError as `read_folder` does.
+    """
+    model_class, config, tensors, _ = read_folder(folder)
+    with torch.device("meta"):
+        model = model_class(config, attention)
+    model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    return model.eval()

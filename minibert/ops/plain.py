@@ -1,0 +1,116 @@
+"""Attention and the four loss terms as plain formulas: the truth that faster versions are held to.
+
+Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
+Each loss is a *sum* over what it counts; the loop divides by the counts of the whole global batch,
+so that the result does not depend on how the batch was cut. Sums are float32 (float64 for float64
+inputs). Which losses, and why: Rohanian et al., arXiv 2209.03182, and the authors' scripts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_LABEL = -100  # a row of labels that no vocabulary loss counts, as in torch's cross_entropy
+
+
+def attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:
+    """Scaled dot products, before the softmax (Vaswani et al. 2017, section 3.2.1).
+
+    query, key (B, N, S, D); attention_mask (B, S), 1 = real. Returns (B, N, S, S) in float32 or
+    better; columns of padding keys hold the lowest finite number: after softmax, exact zeros.
+    """
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, N, S, S)
+    scores = _at_least_float32(scores)
+    padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, S)
+    return scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, dropout: float
+) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
+
+    query, key, value (B, N, S, D); attention_mask (B, S), 1 = real; dropout: the probability, 0 at
+    evaluation. Returns the context (B, N, S, D).
+    """
+    attention_probs = attention_scores(query, key, attention_mask).softmax(dim=-1)  # (B, N, S, S)
+    attention_probs = F.dropout(attention_probs, dropout).to(value.dtype)
+    return attention_probs @ value  # (B, N, S, D)
+
+
+def vocabulary_loss(
+    student_head: Tensor,
+    student_decoder: Tensor,
+    student_bias: Tensor,
+    teacher_head: Tensor | None,
+    teacher_decoder: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Both losses over the vocabulary: cross-entropy with the labels, KL from the teacher.
+
+        mlm_sum    = sum_m -log p_s(label_m)
+        output_sum = T^2 sum_m sum_v p_t(v) (log p_t(v) - log p_s(v)),   p = softmax(logits / T)
+
+    heads (M, H) are the MLM heads' outputs at the masked positions, decoders (V, H), biases (V,),
+    labels (M,) the original ids or -100 for a row that does not count. Without a teacher (None)
+    output_sum is 0. T^2 keeps the size of the gradient (Hinton et al. 2015, section 2).
+    Returns two scalars.
+    """
+    student_logits = _at_least_float32(
+        F.linear(student_head, student_decoder, student_bias)
+    )  # (M, V)
+    mlm_sum = F.cross_entropy(student_logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    if teacher_head is None:
+        return mlm_sum, torch.zeros_like(mlm_sum)
+    teacher_logits = _at_least_float32(
+        F.linear(teacher_head, teacher_decoder, teacher_bias)
+    )  # (M, V)
+    student_log_probs = (student_logits / temperature).log_softmax(dim=-1)  # (M, V)
+    teacher_log_probs = (teacher_logits / temperature).log_softmax(dim=-1)  # (M, V)
+    kl = (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(dim=-1)  # (M,)
+    output_sum = kl[labels != IGNORED_LABEL].sum() * temperature**2
+    return mlm_sum, output_sum
+
+
+def attention_map_loss(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """KL of the attention maps of one layer, from the queries and keys of both models.
+
+        kl_sum = sum over heads and real rows i of sum_j P_t[i, j] (log P_t[i, j] - log P_s[i, j])
+
+    queries and keys (B, N, S, D), D may differ between the models; attention_mask (B, S), 1 = real.
+    The maps are those before dropout, through log-softmax: no epsilon. Returns a scalar.
+    """
+    student_log_probs = attention_scores(student_query, student_key, attention_mask).log_softmax(-1)
+    teacher_log_probs = attention_scores(teacher_query, teacher_key, attention_mask).log_softmax(-1)
+    kl = teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)  # (B, N, S, S)
+    real = attention_mask.bool()  # (B, S)
+    pairs = real[:, None, :, None] & real[:, None, None, :]  # (B, 1, S, S): real query, real key
+    return kl.masked_fill(~pairs, 0).sum()
+
+
+def hidden_state_loss(
+    student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """sum over real tokens of 1 - cos(student, teacher), for the hidden states of one layer.
+
+    hidden states (B, S, H), attention_mask (B, S), 1 = real. Returns a scalar.
+    """
+    real = attention_mask.bool()  # (B, S)
+    student_rows = _at_least_float32(student_hidden[real])  # (real tokens, H)
+    teacher_rows = _at_least_float32(teacher_hidden[real])  # (real tokens, H)
+    return (1 - F.cosine_similarity(student_rows, teacher_rows, dim=-1)).sum()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precisions to float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

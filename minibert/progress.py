@@ -1,0 +1,53 @@
+"""One line of progress on standard error, for people who wait."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LINES = 20  # where a line cannot be rewritten in place
+
+
+class ProgressLine:
+    """A line that is rewritten in place on a terminal, and repeated now and then elsewhere."""
+
+    def __init__(self):
+        self.in_place = sys.stderr.isatty()
+        self.width = 0  # of what stands in the line now
+        self.shown_at = time.monotonic()  # a short wait needs no line
+
+    def show(self, text: str, now: bool = False) -> None:
+        """Show `text`, unless the line was shown just before; `now`: in any case."""
+        pause = 0.2 if self.in_place else SECONDS_BETWEEN_LINES
+        if not now and time.monotonic() - self.shown_at < pause:
+            return
+        self.shown_at = time.monotonic()
+        if self.in_place:
+            print(f"\r{text:<{self.width}}", end="", file=sys.stderr, flush=True)
+            self.width = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave the terminal's line empty for what is printed next."""
+        if self.width:
+            print(f"\r{'':<{self.width}}\r", end="", file=sys.stderr, flush=True)
+            self.width = 0
+
+
+def counted(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """The items themselves, counted on a progress line while they are used."""
+    line = ProgressLine()
+    for number, item in enumerate(items, start=1):
+        line.show(f"{what} {number}/{len(items)}")
+        yield item
+    line.clear()
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""What stands around the loop: optimiser, checkpoints, the run log."""

@@ -1,0 +1,119 @@
+"""README.md tells the truth: its commands run, its file map is complete, its flags exist."""
+
+import dataclasses
+import gzip
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SPECIAL_TOKENS, TOY_CONFIG
+
+import convert_weights
+from minibert.config import RunConfig
+from minibert.folder import save_model
+from minibert.model import BertForMaskedLM
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+FLAGS = {f"--{entry.name.replace('_', '-')}" for entry in dataclasses.fields(RunConfig)}
+
+
+def run(command: list[str], folder, **options) -> subprocess.CompletedProcess:
+    """A command of the README, with this interpreter and without a network."""
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable if part == "python" else part for part in command],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600, **options,
+    )  # fmt: skip
+
+
+def test_the_file_map_is_complete():
+    mapped = set(re.findall(r"^\| `([\w/]+\.py)` \|", README, flags=re.MULTILINE))
+    there = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("minibert/**/*.py")}
+    there |= {path.name for path in ROOT.glob("*.py")}
+    assert mapped == {path for path in there if not path.endswith("__init__.py")}
+
+
+def test_every_flag_exists():
+    known = FLAGS | {"--tokenizer", "--json", "--to-hf", "--local-dir", "--held-out", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+
+
+def test_the_flags_of_train_are_frozen():
+    """Whoever adds, renames or removes a flag changes this line, and the README where it counts."""
+    assert sorted(FLAGS) == [
+        "--attention-weight", "--batch-size", "--data", "--device", "--dtype", "--eval-documents",
+        "--eval-every", "--hidden-weight", "--keep", "--learning-rate", "--log-every",
+        "--max-length", "--micro-batch-tokens", "--mlm-weight", "--model", "--out",
+        "--output-weight", "--recipe", "--resume", "--save-every", "--seed", "--steps",
+        "--teacher", "--teacher-layers", "--temperature", "--warmup-steps", "--weight-decay",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py", "convert_weights.py", "-m minibert.prepare", "-m minibert.evaluate"]
+)
+def test_help_explains_every_flag(command):
+    script = [str(ROOT / part) if part.endswith(".py") else part for part in command.split()]
+    printed = run(["python", *script, "--help"], ROOT)
+    assert printed.returncode == 0
+    entries = re.findall(r"^  (--[a-z-]+.*(?:\n {10,}.*)*)", printed.stdout, flags=re.MULTILINE)
+    assert entries
+    for entry in entries:
+        assert len(re.sub(r"^--[a-z-]+( [A-Z{][\w,.{}-]*)?", "", entry).split()) >= 2, entry
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A folder in which BioBERT's commands can be run, on a model and a text of toy size."""
+    words = ["gene", "drug", "the", "of", "in", "a", ".", ",", "and", "cell", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(SPECIAL_TOKENS + words) + "\n")
+    config = dataclasses.replace(TOY_CONFIG, vocab_size=16, max_position_embeddings=512)
+    torch.manual_seed(0)
+    save_model(tmp_path / "ours", BertForMaskedLM(config), tokenizer_from=tmp_path)
+    convert_weights.to_hugging_face(tmp_path / "ours", tmp_path / "biobert-hf")
+    citations = "".join(
+        f"<PubmedArticle><MedlineCitation><PMID>{number}</PMID><Article><ArticleTitle>The gene."
+        f"</ArticleTitle><Abstract><AbstractText>{'the drug of a cell, ' * number}</AbstractText>"
+        f"</Abstract></Article></MedlineCitation></PubmedArticle>"
+        for number in range(1, 41)
+    )
+    with gzip.open(tmp_path / "pubmed21n0001.xml.gz", "wt") as file:
+        file.write(f"<PubmedArticleSet>{citations}</PubmedArticleSet>")
+    return tmp_path
+
+
+def test_the_commands_for_biobert_run(workplace):
+    (block,) = [block for block in BLOCKS if "hf download" in block]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines() if line]
+    assert lines[0][:3] == ["hf", "download", "dmis-lab/biobert-base-cased-v1.2"]
+    for command in lines[1:]:
+        if command[1].endswith(".py"):
+            command[1] = str(ROOT / command[1])
+        if command[1].endswith("train.py"):  # what must be small here
+            command += ["--steps", "2", "--batch-size", "5"]
+        command = [str(path) for part in command for path in expanded(part, workplace)]
+        done = run(command, workplace)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (workplace / "compact-biobert-hf" / "model.safetensors").is_file()
+    assert {path.name for path in (workplace / "runs" / "compact").iterdir()} == {
+        "config.json", "metrics.jsonl", "step_000002", "student",
+    }  # fmt: skip
+
+
+def expanded(part: str, folder) -> list[str]:
+    """File names for a pattern, as a shell would put them."""
+    return sorted(folder.glob(part)) if "*" in part else [part]
+
+
+def test_the_install_commands_are_those_of_ci():
+    install, tests = (block.strip() for block in BLOCKS[:2])
+    assert install == "python -m pip install -c constraints.txt -e . && python train.py"
+    assert tests == 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest'
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()

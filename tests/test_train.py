@@ -1,0 +1,218 @@
+"""The loop learns, repeats itself exactly, and goes on where it stood."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minibert.config import RunConfig
+from minibert.data.corpus import Corpus, CorpusWriter
+from minibert.data.tokenizer import load_tokenizer
+from minibert.folder import load_model
+from minibert.training.runlog import read_metrics
+from train import train
+
+TERMS = ("mlm_loss", "hidden_loss", "attention_loss", "output_loss")
+
+
+@pytest.fixture
+def still_run(toy_world, toy_run, tmp_path) -> RunConfig:
+    """The toy run without dropout: its curve depends on the mathematics alone."""
+    folder = tmp_path / "still"
+    folder.mkdir()
+    for name in ("model.safetensors", "vocab.txt"):
+        (folder / name).write_bytes((toy_world / "teacher" / name).read_bytes())
+    config = json.loads((toy_world / "teacher" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return dataclasses.replace(toy_run, teacher=folder)
+
+
+def updates(run: RunConfig) -> list[dict]:
+    """The lines of metrics.jsonl about updates."""
+    return [line for line in read_metrics(run.out / "metrics.jsonl") if "loss" in line]
+
+
+def evaluations(run: RunConfig) -> list[dict]:
+    """The lines of metrics.jsonl about held-out documents."""
+    lines = read_metrics(run.out / "metrics.jsonl")
+    return [line for line in lines if "held_out_mlm_loss" in line]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    one, other = load_model(one).state_dict(), load_model(other).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# loss, mlm, hidden, attention, output at each of 10 updates; from this code, float32, dropout 0.
+GOLDEN = [
+    (11.6216, 5.15626, 0.803557, 0.0226283, 0.797355),
+    (8.43012, 5.56532, 0.607646, 0.0185333, 0.197251),
+    (7.08015, 5.2538, 0.43087, 0.0187185, 0.0955155),
+    (7.00593, 5.09811, 0.388002, 0.0191962, 0.137245),
+    (6.45519, 4.59948, 0.362459, 0.0179509, 0.142895),
+    (6.57783, 4.97817, 0.33345, 0.0186832, 0.108652),
+    (6.59793, 5.12759, 0.282573, 0.0179277, 0.113767),
+    (5.71929, 4.12641, 0.335957, 0.0181857, 0.10609),
+    (6.28754, 5.11831, 0.243549, 0.0162278, 0.0779806),
+    (6.58748, 5.22259, 0.260851, 0.0176681, 0.105868),
+]
+
+
+def test_golden_curve(still_run):
+    train(still_run)
+    curve = [(line["loss"], *(line[term] for term in TERMS)) for line in updates(still_run)]
+    assert curve == [pytest.approx(row, rel=2e-4) for row in GOLDEN]
+
+
+def test_the_weighted_terms_make_the_loss(toy_run):
+    train(toy_run)
+    for line in updates(toy_run):
+        mlm, hidden, attention, output = (line[term] for term in TERMS)
+        assert line["loss"] == pytest.approx(mlm + 3 * hidden + 3 * attention + 5 * output)
+        assert line["hidden_loss"] == pytest.approx(sum(line["hidden_loss_per_layer"]))
+        assert line["attention_loss"] == pytest.approx(sum(line["attention_loss_per_layer"]))
+        assert len(line["hidden_loss_per_layer"]) == len(line["attention_loss_per_layer"]) == 2
+
+
+def test_how_a_batch_is_cut_does_not_matter(still_run, tmp_path):
+    whole = dataclasses.replace(still_run, micro_batch_tokens=10_000, out=tmp_path / "whole")
+    cut = dataclasses.replace(still_run, micro_batch_tokens=20, out=tmp_path / "cut")
+    train(whole)
+    train(cut)
+    for ours, theirs in zip(updates(whole), updates(cut), strict=True):
+        for term in ("loss", *TERMS, "grad_norm"):
+            assert ours[term] == pytest.approx(theirs[term], rel=1e-4), term
+
+
+def test_two_steps_and_two_more_are_four(toy_run, tmp_path):
+    """Bitwise, with dropout, and although the first two leave other files behind."""
+    four = dataclasses.replace(toy_run, steps=4, save_every=2, out=tmp_path / "four")
+    train(four)
+    halves = dataclasses.replace(four, out=tmp_path / "halves", keep=9)
+    train(halves)
+    shutil.rmtree(halves.out / "step_000004")  # as if it had been killed after step 3
+    train(dataclasses.replace(halves, resume=True))
+    assert_same_weights(four.out / "student", halves.out / "student")
+    timeless = [
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in updates(run)]
+        for run in (four, halves)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_repeats_itself_bitwise_and_another_seed_does_not(toy_run, tmp_path):
+    runs = [
+        dataclasses.replace(toy_run, steps=3, seed=seed, out=tmp_path / name)
+        for seed, name in ((0, "one"), (0, "same"), (1, "other"))
+    ]
+    for run in runs:
+        train(run)
+    losses = [[line["loss"] for line in updates(run)] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+    assert_same_weights(runs[0].out / "student", runs[1].out / "student")
+
+
+def test_one_batch_can_be_learnt_by_heart(toy_world, still_run):
+    """30 training documents in every batch; masks change, so the student follows its teacher."""
+    run = dataclasses.replace(still_run, steps=150, batch_size=30, micro_batch_tokens=1000)
+    train(run)
+    first, last = updates(run)[0], updates(run)[-1]
+    assert last["hidden_loss"] < 0.2 * first["hidden_loss"]
+    assert last["output_loss"] < 0.2 * first["output_loss"]
+
+
+def test_evaluations_stand_at_the_start_between_and_at_the_end(toy_run):
+    train(dataclasses.replace(toy_run, eval_every=4))
+    assert [line["step"] for line in evaluations(toy_run)] == [0, 4, 8, 10]
+    figures = {
+        f"held_out_{name}"
+        for name in ("mlm_loss", "mlm_accuracy", "teacher_kl", "teacher_agreement")
+    }
+    assert all(figures <= line.keys() for line in evaluations(toy_run))
+
+
+def test_mlm_begins_at_random_or_goes_on_with_a_model(toy_world, toy_run, tmp_path):
+    begun = RunConfig(
+        recipe="mlm",
+        model=toy_world / "teacher" / "config.json",
+        data=toy_run.data,
+        out=tmp_path / "begun",
+        steps=60,
+        batch_size=30,
+        max_length=19,
+        learning_rate=1e-2,
+        log_every=1,
+    ).resolved()
+    train(begun)
+    begin, end = evaluations(begun)
+    assert end["held_out_mlm_loss"] < begin["held_out_mlm_loss"] - 0.3
+    assert "hidden_loss" not in updates(begun)[0]
+    continued = dataclasses.replace(begun, model=begun.out / "model", out=tmp_path / "continued")
+    train(continued)
+    assert evaluations(continued)[0]["held_out_mlm_loss"] == pytest.approx(end["held_out_mlm_loss"])
+
+
+def test_dropout_is_on_also_where_a_model_is_continued(toy_world, still_run, tmp_path):
+    losses = []
+    for name, model in (("with", toy_world / "teacher"), ("without", still_run.teacher)):
+        settings = {"recipe": "mlm", "teacher": None, "teacher_layers": None, "steps": 1}
+        run = dataclasses.replace(still_run, model=model, out=tmp_path / name, **settings)
+        train(run)
+        losses.append(updates(run)[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_mlm_alone_does_not_run_the_teacher(toy_run):
+    weights = {"hidden_weight": 0.0, "attention_weight": 0.0, "output_weight": 0.0}
+    train(dataclasses.replace(toy_run, steps=2, **weights))
+    assert "output_loss" not in updates(toy_run)[0]
+    assert updates(toy_run)[0]["loss"] == updates(toy_run)[0]["mlm_loss"]
+    assert "held_out_teacher_kl" in evaluations(toy_run)[-1]
+
+
+def test_a_corpus_without_held_out_documents_can_be_learnt_from(
+    toy_world, toy_run, tmp_path, capsys
+):
+    corpus = Corpus.open(toy_run.data)
+    with CorpusWriter(tmp_path / "corpus", load_tokenizer(toy_world), held_out=0.0) as writer:
+        writer.add(["one", "two"], [corpus.tokens(n).tolist() for n in (0, 1)])
+        writer.finish()
+    train(dataclasses.replace(toy_run, data=tmp_path / "corpus", steps=2))
+    assert len(updates(toy_run)) == 2
+    assert evaluations(toy_run) == []
+    assert "written" in capsys.readouterr().out
+
+
+def test_a_run_that_never_saved_begins_again(toy_run):
+    train(dataclasses.replace(toy_run, steps=3))
+    shutil.rmtree(toy_run.out / "step_000003")
+    train(dataclasses.replace(toy_run, steps=3, resume=True))
+    assert [line["step"] for line in updates(toy_run)] == [1, 2, 3]
+    assert [line["step"] for line in evaluations(toy_run)] == [0, 3]
+
+
+def test_the_teacher_is_left_alone(toy_run):
+    before = load_model(toy_run.teacher).state_dict()
+    train(dataclasses.replace(toy_run, steps=2))
+    after = load_model(toy_run.teacher).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_only_the_newest_checkpoints_are_kept(toy_run):
+    train(dataclasses.replace(toy_run, save_every=2, keep=3))
+    names = sorted(path.name for path in toy_run.out.glob("step_*"))
+    assert names == ["step_000006", "step_000008", "step_000010"]
+
+
+def test_bfloat16_learns_the_same_within_its_precision(still_run, tmp_path):
+    half = dataclasses.replace(still_run, dtype="bfloat16", out=tmp_path / "half")
+    train(still_run)
+    train(half)
+    for ours, theirs in zip(updates(still_run)[:3], updates(half)[:3], strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.03)
+    assert all(t.dtype == torch.float32 for t in load_model(half.out / "student").parameters())
