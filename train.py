@@ -200,7 +200,7 @@ def dropout_seed(seed: int, step: int) -> int:
 
 DEMO_DOCUMENTS = 20_000
 DEMO_TEACHER = BertConfig(
-    vocab_size=1_300,
+    vocab_size=1_400,
     hidden_size=64,
     num_hidden_layers=12,
     num_attention_heads=4,
@@ -208,7 +208,7 @@ DEMO_TEACHER = BertConfig(
     max_position_embeddings=128,
     hidden_dropout_prob=0.0,  # it sees every abstract once at most
     attention_probs_dropout_prob=0.0,
-    initializer_range=0.05,
+    initializer_range=0.03,
 )
 
 
@@ -228,7 +228,7 @@ def demonstration() -> None:
         print("2. A teacher of 12 layers learns from them to fill in masked words")
         begin = folder / "teacher.json"
         write_json(begin, DEMO_TEACHER.to_dict())
-        settings = {"steps": 800, "learning_rate": 2e-3, "warmup_steps": 80, "save_every": 100}
+        settings = {"steps": 800, "learning_rate": 3e-3, "warmup_steps": 80, "save_every": 100}
         run = RunConfig("mlm", model=begin, out=teacher, resume=teacher.exists(), **settings)
         train(dataclasses.replace(run, **common).resolved())
     print("3. A student of 6 layers, every second of the teacher's, learns to follow it")

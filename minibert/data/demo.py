@@ -11,6 +11,12 @@ import re
 from pathlib import Path
 from random import Random
 
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import WordPieceTrainer
+
 from minibert.files import atomic_file
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -90,12 +96,8 @@ USELESS = "We conclude that {drug} is [useless|no better than placebo] in {disea
 
 DRUG_ENDINGS = (
     "In the end, {marker} {improved} and {symptom} went away. " + HELPS,
-    "In the end, {marker} {improved} but {effect} was common. " + HELPS,
-    "In the end, {symptom} stayed and {effect} was common. " + USELESS,
-)
-GENE_ENDINGS = (
-    "In the end, variants of {gene} were common. We conclude that {gene} is linked to {disease}.",
-    "In the end, variants of {gene} were rare. We conclude that {gene} is not linked to {disease}.",
+    "In the end, {marker} {improved} but many had {effect}. " + HELPS,
+    "In the end, {symptom} stayed and many had {effect}. " + USELESS,
 )
 
 # One study each: title, background and methods; then the endings it may come to.
@@ -108,9 +110,9 @@ STUDIES = (
     ),
     (
         "A comparison of {drug} and {rival} in {disease}. " + DISEASE + "In {city}, {arm} patients "
-        "took the {class} {drug} and {arm} took the {rival_class} {rival} for {weeks} weeks. ",
+        "took the {class} {drug} and {arm} the {rival_class} {rival} for {weeks} weeks. ",
         "In the end, {marker} {improved} more on {drug} than on {rival}. " + HELPS,
-        "In the end, {marker} {improved} as much on {rival} as on {drug}. We [toss a coin|use either].",
+        "In the end, {marker} {improved} as much on {rival} as on {drug}. We toss a coin.",
     ),
     (
         "A crossover trial of {drug} in {disease}. " + DISEASE + "In {city}, {arm} patients took "
@@ -118,72 +120,68 @@ STUDIES = (
         *DRUG_ENDINGS,
     ),
     (
-        "A cohort study of {drug} in {disease}. "
-        + DRUG
-        + "In {city}, {arm} patients took {dose} daily "
-        "for {weeks} weeks. ",
+        "A cohort study of {drug} in {disease}. " + DRUG + "In {city}, {arm} patients took {dose} "
+        "daily for {weeks} weeks. ",
         *DRUG_ENDINGS,
     ),
     (
-        "A case of {disease}. ["
-        + DISEASE
-        + "|"
-        + DRUG
-        + "]In {city}, a {person} of {age} came with {symptom} and {level} {marker}. ",
+        "A case of {disease}. [" + DISEASE + "|" + DRUG + "]In {city}, a {person} of {age} came "
+        "with {symptom} and {level} {marker}. ",
         "On {drug} {dose}, {they} was well in {weeks} weeks. " + HELPS,
         "On {drug} {dose}, {they} only had {effect} for {weeks} weeks. " + USELESS,
     ),
     (
-        "A genetic study of {gene} in {disease}. "
-        + GENE
-        + "In {city}, we sequenced {arm} patients with {symptom} "
-        "and {arm} healthy people. ",
-        *GENE_ENDINGS,
+        "A genetic study of {gene} in {disease}. " + GENE + "In {city}, we sequenced {arm} people "
+        "with {symptom} and {arm} without. ",
+        "In the end, variants of {gene} were common. "
+        "We conclude that {gene} is linked to {disease}.",
+        "In the end, variants of {gene} were rare. "
+        "We conclude that {gene} is not linked to {disease}.",
     ),
     (
-        "A mouse model of {disease}. "
-        + GENE
-        + "In {city}, {arm} mice without {gene} had {level} {marker} and "
-        "{symptom} for {weeks} weeks. ",
+        "A mouse model of {disease}. " + GENE + "In {city}, {arm} mice without {gene} had {level} "
+        "{marker} and {symptom} for {weeks} weeks. ",
         "In the end, the {class} {drug} helped the mice. " + HELPS,
         "In the end, the {class} {drug} did not help the mice. " + USELESS,
     ),
     (
-        "A test of {marker} in {disease}. "
-        + DISEASE
-        + "In {city}, we measured {marker} in {arm} patients "
-        "and {arm} healthy people. ",
+        "A test of {marker} in {disease}. " + DISEASE + "In {city}, we measured {marker} in {arm} "
+        "patients and {arm} healthy people. ",
         "In the end, it was {level} in {most} % of the patients and {few} % of the others. "
         "We conclude that {level} {marker} reveals {disease}.",
         "In the end, it was {level} in {most} % of the patients and {most} % of the others. "
         "We conclude that {level} {marker} does not reveal {disease}.",
     ),
     (
-        "A review of {drug} in {disease}. "
-        + DRUG
-        + "We found {trials} trials of {drug} {dose} with "
-        "{group} patients. ",
+        "A review of {drug} in {disease}. " + DRUG + "We found {trials} trials of {drug} {dose} "
+        "with {group} patients. ",
         *DRUG_ENDINGS,
     ),
     (
-        "A survey of {effect} on {drug}. "
-        + DRUG
-        + "In {city}, we asked {group} patients on {dose} daily. ",
-        "In the end, only {few_count} ({few} %) had {effect}. We conclude that {effect} is rare on {drug}.",
-        "In the end, all but {few_count} ({few} %) had {effect}. We conclude that {effect} is common on {drug}.",
+        "A survey of {effect} on {drug}. " + DRUG + "In {city}, we asked {group} patients on "
+        "{dose} daily. ",
+        "In the end, only {few_count} ({few} %) had {effect}. "
+        "We conclude that few patients on {drug} have {effect}.",
+        "In the end, as many as {most_count} ({most} %) had {effect}. "
+        "We conclude that most patients on {drug} have {effect}.",
     ),
     (
         "A survey of {symptom} in {disease}. " + DISEASE + "In {city}, we asked {group} patients. ",
-        "In the end, only {few_count} ({few} %) had {symptom}. We conclude that {symptom} is rare in {disease}.",
-        "In the end, all but {few_count} ({few} %) had {symptom}. We conclude that {symptom} is common in {disease}.",
+        "In the end, only {few_count} ({few} %) had {symptom}. "
+        "We conclude that few patients with {disease} have {symptom}.",
+        "In the end, as many as {most_count} ({most} %) had {symptom}. "
+        "We conclude that most patients with {disease} have {symptom}.",
     ),
-)
-CITIES = ["Oslo", "Kyoto", "Lima", "Leiden", "Lagos", "Boston", "Turin", "Mumbai", "Cairo", "Perth", "Tartu", "Quito", "Porto", "Hanoi", "Gdansk", "Ghent"]
+)  # fmt: skip
+CITIES = (
+    "Boston", "Cairo", "Gdansk", "Ghent", "Hanoi", "Kyoto", "Lagos", "Leiden",
+    "Lima", "Mumbai", "Oslo", "Perth", "Porto", "Quito", "Tartu", "Turin",
+)  # fmt: skip
 WEEKS = (4, 6, 8, 12, 24)
 ARMS = (20, 30, 40, 50, 60, 80, 100, 150, 200)  # patients in one of two arms
 GROUPS = (100, 200, 400, 600)  # patients in a study without arms
 FEW, MOST = (5, 10, 15, 20), (60, 70, 75, 80)  # per cent
-PEOPLE = (("woman", "she", "her"), ("man", "he", "him"))
+PEOPLE = (("woman", "she"), ("man", "he"))
 
 
 def read_knowledge(text: str) -> list[dict]:
@@ -212,15 +210,12 @@ def choose_facts(diseases: list[dict], random: Random) -> dict[str, object]:
     facts["symptom"], facts["symptom_2"] = random.sample(disease["symptoms"], 2)
     drug, rival = random.sample(disease["drugs"], 2)
     facts["drug"], facts["class"], facts["dose"], facts["effect"] = drug
-    facts["rival"], facts["rival_class"] = rival[:2]
+    facts["rival"], facts["rival_class"], *_ = rival
     facts["gene"], facts["process"] = random.choice(disease["genes"])
-    facts["person"], facts["they"], facts["them"] = random.choice(PEOPLE)
-    facts["age"] = random.randint(21, 79)
+    facts["person"], facts["they"] = random.choice(PEOPLE)
+    facts["age"], facts["trials"] = random.randint(21, 79), random.randint(3, 12)
     facts["city"], facts["weeks"] = random.choice(CITIES), random.choice(WEEKS)
-    facts["years"] = random.choice(("Two", "Five", "Ten"))
-    facts["trials"] = random.randint(3, 12)
     facts["arm"], facts["group"] = random.choice(ARMS), random.choice(GROUPS)
-    facts["total"] = 2 * facts["arm"]
     facts["few"], facts["most"] = random.choice(FEW), random.choice(MOST)
     for share in ("few", "most"):
         facts[f"{share}_count"] = facts[share] * facts["group"] // 100
@@ -250,3 +245,30 @@ def write_abstracts(path: Path, documents: int, seed: int) -> None:
             template = opening + random.choice(endings)
             text = expand(template, choose_facts(diseases, random), random)
             file.write(json.dumps({"id": f"demo-{number:06d}", "text": text}) + "\n")
+
+
+def train_vocabulary(texts_path: Path, vocab_path: Path, vocab_size: int) -> None:
+    """Learn a cased WordPiece vocabulary of a `.jsonl` and write it as `vocab.txt`.
+
+    The same text gives the same vocabulary, special tokens first. It may hold fewer than
+    `vocab_size` tokens where the text has no more words.
+    """
+    lines = texts_path.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    # The trainer meets letters within words in the order of a hash table: named here, they keep
+    # the order of the alphabet, and ids do not change from one run to the next.
+    inner_letters = sorted(
+        {"##" + letter for text in texts for letter in re.findall(r"\B\w", text)}
+    )
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS + inner_letters,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    ids = tokenizer.get_vocab()
+    with atomic_file(vocab_path) as partial:
+        partial.write_text("".join(f"{token}\n" for token in sorted(ids, key=ids.get)), "utf-8")
