@@ -21,7 +21,7 @@ from torch import Tensor
 from minibert.config import BertConfig
 from minibert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILES, load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.files import atomic_folder, read_json, sha256_of_file, write_json
+from minibert.files import atomic_folder, read_json, sha256_of_files, write_json
 from minibert.folder import CONFIG, read_folder, save_tensors, tensor_shapes
 from minibert.hugging_face import find_checkpoint, read_checkpoint
 from minibert.model import BertForMaskedLM, BertModel
@@ -208,7 +208,7 @@ def from_hugging_face(
         raise InputError(f"{checkpoint}: {error}") from None
     provenance = {
         "source": ", ".join(file.name for file in files),
-        "source_sha256": ", ".join(sha256_of_file(file) for file in files),
+        "source_sha256": ", ".join(sha256_of_files(file) for file in files),
     }
     save_tensors(out, ours.tensors, config, model_class, folder, provenance)
 

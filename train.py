@@ -9,8 +9,8 @@ model folder (model/ where there is no teacher). `python train.py --help` explai
 """
 
 import dataclasses
+import math
 import shutil
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ from minibert.data import demo
 from minibert.data.batches import Batches, GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.evaluate import evaluate, load_for_corpus
-from minibert.files import sha256_of_file, write_json
+from minibert.evaluate import check_fit, evaluate, load_for_corpus
+from minibert.files import sha256_of_files, write_json
 from minibert.folder import WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import plain as ops
@@ -49,7 +49,6 @@ def train(run: RunConfig) -> None:
     enter_run_folder(run, identity(run, corpus))
     first_step = load_newest(run.out, student, optimizer)
     log = RunLog(run.out, first_step, run.steps)
-    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
     distils = run.hidden_weight or run.attention_weight or run.output_weight
     guide = teacher if distils else None  # MLM alone does not wait for the teacher
 
@@ -58,14 +57,12 @@ def train(run: RunConfig) -> None:
 
     for step in range(first_step, run.steps):
         # One update: a global batch, its losses, their gradient, the new weights.
-        started = time.perf_counter()
         torch.manual_seed(dropout_seed(run.seed, step))
         student.train()
         batch = batches.at(step)
         totals = [0.0] * 5  # for the log: the loss and its four terms
         for micro_batch in batch.micro_batches:
-            with bfloat16:
-                terms = loss_terms(student, guide, micro_batch.to(device), batch, run)
+            terms = loss_terms(student, guide, micro_batch.to(device), batch, run)
             loss = (
                 run.mlm_weight * terms.mlm_loss
                 + run.hidden_weight * terms.hidden_loss.sum()
@@ -81,16 +78,25 @@ def train(run: RunConfig) -> None:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        log.count(batch.num_tokens, time.perf_counter() - started)
 
         # What is told and kept after that many updates.
-        if done % run.log_every == 0 or done == run.steps:
+        done = step + 1
+        log.tokens += batch.num_tokens
+        tell, compare, keep = (
+            done % every == 0 or done == run.steps
+            for every in (run.log_every, run.eval_every, run.save_every)
+        )
+        if (tell or keep) and not math.isfinite(grad_norm):
+            raise InputError(
+                f"step {done}: the gradient is {grad_norm}; the newest checkpoint stays"
+            )
+        if tell:
             log.update(done, *totals, learning_rate=learning_rate, grad_norm=grad_norm)
-        if done % run.eval_every == 0 or done == run.steps:
-            log.evaluation(done, evaluate(student, counted(held_out, "evaluating"), teacher))
-        if done % run.save_every == 0 or done == run.steps:
-            save_checkpoint(run.out, done, student, optimizer, run.keep)
+        with log.apart():
+            if compare:
+                log.evaluation(done, evaluate(student, counted(held_out, "evaluating"), teacher))
+            if keep:
+                save_checkpoint(run.out, done, student, optimizer, run.keep)
 
     result = run.out / ("model" if teacher is None else "student")
     save_model(result, student, tokenizer_from=run.data)
@@ -123,13 +129,15 @@ def loss_terms(
     where = {"attention_mask": mask, "masked_positions": batch.masked_positions}
     # Student layer i follows teacher layer layers[i].
     layers = () if teacher is None else run.teacher_layers
-    learnt = student(batch.input_ids, **where, keep=range(len(layers)))
+    bfloat16 = torch.autocast(mask.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
+    with bfloat16:
+        learnt = student(batch.input_ids, **where, keep=range(len(layers)))
     student_head = (learnt.head_output, student.decoder, student.decoder_bias)
     teacher_head = (None, None, None)
     hidden_sums, attention_sums = [], []
     if teacher is not None:
         assert not teacher.training, "the teacher's dropout would make its targets noisy"
-        with torch.no_grad():
+        with torch.no_grad(), bfloat16:
             taught = teacher(batch.input_ids, **where, keep=layers)
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
         for i, j in enumerate(layers):
@@ -168,19 +176,19 @@ def build_models(
     else:
         torch.manual_seed(run.seed)
         student = BertForMaskedLM(BertConfig.read(run.model))
-        if student.config.vocab_size < corpus.vocab_size:
-            raise InputError(
-                f"{run.model}: vocab_size is {student.config.vocab_size}; "
-                f"{run.data} needs {corpus.vocab_size}"
-            )
-    return student.to(device), teacher and teacher.to(device), run
+        check_fit(run.model, student.config, corpus, run.max_length)
+    student.to(device)
+    if teacher is not None:
+        teacher.to(device)
+    return student, teacher, run
 
 
 def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
     """What a run learns from, as hashes: a resumed run must find the same."""
-    hashes = {"corpus": corpus.corpus_sha256, "vocabulary": corpus.vocabulary_sha256}
-    if run.teacher is not None:
-        hashes["teacher"] = sha256_of_file(run.teacher / WEIGHTS)
+    hashes = {"corpus": corpus.corpus_sha256}
+    for name, source in (("teacher", run.teacher), ("model", run.model)):
+        if source is not None:
+            hashes[name] = sha256_of_files(source / WEIGHTS if source.is_dir() else source)
     return hashes
 
 
@@ -210,6 +218,7 @@ DEMO_TEACHER = BertConfig(
     attention_probs_dropout_prob=0.0,
     initializer_range=0.03,
 )
+DEMO_TEACHING = {"steps": 800, "learning_rate": 3e-3, "warmup_steps": 80, "save_every": 100}
 
 
 def demonstration() -> None:
@@ -228,13 +237,13 @@ def demonstration() -> None:
         print("2. A teacher of 12 layers learns from them to fill in masked words")
         begin = folder / "teacher.json"
         write_json(begin, DEMO_TEACHER.to_dict())
-        settings = {"steps": 800, "learning_rate": 3e-3, "warmup_steps": 80, "save_every": 100}
-        run = RunConfig("mlm", model=begin, out=teacher, resume=teacher.exists(), **settings)
-        train(dataclasses.replace(run, **common).resolved())
+        run = {"recipe": "mlm", "model": begin, "out": teacher, **common, **DEMO_TEACHING}
+        begun = (teacher / "config.json").exists()  # and interrupted
+        train(RunConfig.from_flags({"out": teacher, "resume": True} if begun else run))
     print("3. A student of 6 layers, every second of the teacher's, learns to follow it")
     shutil.rmtree(compact, ignore_errors=True)
-    run = RunConfig("compactbiobert", teacher=teacher / "model", out=compact, steps=300)
-    train(dataclasses.replace(run, **common).resolved())
+    run = {"recipe": "compactbiobert", "teacher": teacher / "model", "out": compact, **common}
+    train(RunConfig.from_flags(run | {"steps": 300}))
     print("Next: BioBERT on PubMed, in README.md")
 
 

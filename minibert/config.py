@@ -5,6 +5,7 @@ Both are written as JSON beside what they describe. The flags of `train.py` are 
 """
 
 import dataclasses
+import math
 from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
@@ -14,6 +15,8 @@ from typing import Any, ClassVar
 from minibert.errors import ArgumentParser, InputError
 from minibert.files import read_json
 from minibert.recipes import RECIPES
+
+LARGEST_SIZE = 10_000_000  # of anything in a config.json; whatever is larger is a slip
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class BertConfig:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
             if entry.type is int:
-                if type(value) is not int or value < 1:
+                if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
                     raise InputError(
-                        f"{entry.name} is {value!r}; expected a whole number from 1 up"
+                        f"{entry.name} is {value!r}; expected a whole number, 1 to {LARGEST_SIZE:,}"
                     )
             elif type(value) not in (int, float) or not 0 <= value < 1:
                 raise InputError(f"{entry.name} is {value!r}; expected a number from 0 to below 1")
@@ -95,15 +98,14 @@ class BertConfig:
 
 
 def number(kind: type, minimum: float, exclusive: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) of at least, or above, `minimum`."""
+    """An argparse type: a `kind` (int or float) of at least, or above, `minimum`, below 2^63."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        above = value is not None and (value > minimum if exclusive else value >= minimum)
-        if not above or value == float("inf"):
+            value = math.nan  # neither above nor below anything
+        if not minimum <= value < 2**63 or (exclusive and value == minimum):
             wanted = "a whole number" if kind is int else "a number"
             bound = f"above {minimum}" if exclusive else f"from {minimum} up"
             raise ArgumentTypeError(f"{text!r} is not {wanted} {bound}")
@@ -185,10 +187,11 @@ class RunConfig:
     log_every: int = setting(10, "updates between lines of metrics.jsonl", type=number(int, 1))
     keep: int = setting(2, "checkpoints to keep", type=number(int, 1))
 
-    # What a resumed run may be given anew; everything else stays as the run began.
+    # What a resumed run may be given anew, everything else stays as the run began; folders may have
+    # moved, but what is in them must be the same (its hashes tell).
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
-        "out", "resume", "steps", "micro_batch_tokens", "device", "eval_every",
-        "eval_documents", "save_every", "log_every", "keep",
+        "teacher", "model", "data", "out", "resume", "steps", "micro_batch_tokens", "device",
+        "eval_every", "eval_documents", "save_every", "log_every", "keep",
     )  # fmt: skip
 
     @classmethod
@@ -210,7 +213,7 @@ class RunConfig:
         if "out" not in given:
             raise InputError("--resume needs --out, the folder of the run to go on with")
         path = given["out"] / "config.json"
-        run = cls.from_dict(read_json(path).get("run", {}))
+        run = cls.read(path)
         for name, value in given.items():
             if name not in cls.CHANGEABLE and value != getattr(run, name):
                 raise InputError(
@@ -220,15 +223,24 @@ class RunConfig:
         return dataclasses.replace(run, **given).resolved()
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "RunConfig":
-        """The inverse of `to_dict`."""
-        kinds = {entry.name: entry.metadata.get("type") for entry in dataclasses.fields(cls)}
-        values = {key: value for key, value in settings.items() if key in kinds}
-        for key, value in values.items():
-            if value is not None and kinds[key] is Path:
-                values[key] = Path(value)
-            elif value is not None and kinds[key] is layer_numbers:
-                values[key] = tuple(value)
+    def read(cls, path: Path) -> "RunConfig":
+        """Read the settings in a run's config.json, by the same rules as flags; errors name it."""
+        settings = read_json(path).get("run")
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: no settings of a run in it")
+        values = {}
+        for entry in dataclasses.fields(cls):
+            value = settings.get(entry.name, entry.default)
+            kind, choices = entry.metadata.get("type"), entry.metadata.get("choices")
+            try:
+                if value is not None and kind is not None:
+                    items = value if isinstance(value, list | tuple) else [value]
+                    value = kind(",".join(map(str, items)))
+            except ArgumentTypeError as error:
+                raise InputError(f"{path}: {entry.name}: {error}") from None
+            if choices is not None and value not in tuple(choices):
+                raise InputError(f"{path}: {entry.name} is {value!r}; known: {', '.join(choices)}")
+            values[entry.name] = value
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,6 +273,8 @@ class RunConfig:
         if not recipe.needs_teacher and (self.model is None or self.teacher is not None):
             raise InputError(f"recipe {self.recipe} needs --model and has no --teacher")
         run = dataclasses.replace(self, **open_fields)
+        if not (run.mlm_weight or run.hidden_weight or run.attention_weight or run.output_weight):
+            raise InputError("every loss weight is 0: there is nothing to learn")
         if run.warmup_steps > run.steps:
             raise InputError(f"--warmup-steps {run.warmup_steps} of --steps {run.steps}")
         return run

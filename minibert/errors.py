@@ -7,6 +7,7 @@ raises `InputError`, whose message names the thing, what was found and what was 
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
@@ -17,7 +18,13 @@ class InputError(ValueError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line (the usage text is what `--help` is for)."""
+    """argparse whose errors are one line (the usage text is what `--help` is for).
+
+    Flags are written out: an abbreviation that is clear today may not be tomorrow.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         self.exit(BAD_INPUT_STATUS, f"error: {message} (see {self.prog} --help)\n")

@@ -2,7 +2,8 @@
 
     python -m minibert.evaluate MODEL --data CORPUS [--teacher TEACHER] [--json]
 
-Always the plain formulas, in float32, on masks that are the same for every model and run.
+Always the plain formulas, in float32; the masked positions depend on the corpus and --max-length
+alone, so that figures of different models and runs can be compared.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minibert.config import number
+from minibert.config import BertConfig, number
 from minibert.data.batches import Batches, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.data.tokenizer import load_tokenizer
@@ -28,14 +29,14 @@ def evaluate(
     micro_batches: Iterable[MicroBatch],
     teacher: BertForMaskedLM | None = None,
 ) -> dict[str, float]:
-    """Means over the masked positions of all micro-batches.
+    """Means over the masked positions of all micro-batches; nothing where there are none.
 
     `mlm_loss` (nats) and `mlm_accuracy`; with a teacher also `teacher_kl`, KL(teacher || model) in
     nats, and `teacher_agreement`, the share of positions where both prefer the same word; and the
     teacher's own `teacher_mlm_loss` and `teacher_mlm_accuracy`.
     """
     was_training = model.training
-    model.eval()
+    model.eval()  # without dropout
     device = model.decoder.device
     sums: dict[str, float] = {}
     num_masked = 0
@@ -54,7 +55,7 @@ def evaluate(
             sums[name] = sums.get(name, 0.0) + value.item()
         num_masked += len(batch.labels)
     model.train(was_training)
-    return {name: value / max(1, num_masked) for name, value in sums.items()}
+    return {name: value / num_masked for name, value in sums.items()} if num_masked else {}
 
 
 def _log_probs(model: BertForMaskedLM, batch: MicroBatch) -> torch.Tensor:
@@ -71,21 +72,43 @@ def _mlm_figures(log_probs: torch.Tensor, batch: MicroBatch) -> dict[str, torch.
     }
 
 
+# Two tokenizers of one vocabulary may still cut text in different ways: this text tells.
+PROBE = "Naïve CD4+ T-cells (p<0.05), beta2-Mikroglobulin; CC(=O)Nc1ccccc1>>[Na+].[Cl-] 中文"
+
+
 def load_for_corpus(folder: Path, corpus: Corpus, max_length: int) -> BertForMaskedLM:
-    """A model with a head, the corpus's vocabulary and positions enough; else an InputError."""
+    """A model with a head that can read the corpus: its tokens, and sequences of `max_length`.
+
+    Anything else is an InputError.
+    """
     model = load_model(folder)
     if not isinstance(model, BertForMaskedLM):
         raise InputError(f"{folder}: an encoder without the masked-language-modelling head")
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocabulary_sha256 != corpus.vocabulary_sha256:
+    ours, theirs = load_tokenizer(folder), corpus.tokenizer
+    if ours.vocabulary_sha256 != theirs.vocabulary_sha256:
         raise InputError(
-            f"{corpus.folder} was made with another vocabulary ({corpus.vocab_size} tokens) than "
-            f"that of {folder} ({tokenizer.vocab_size} tokens)"
+            f"{corpus.folder} was made with another vocabulary ({theirs.vocab_size} tokens) than "
+            f"that of {folder} ({ours.vocab_size} tokens)"
         )
-    positions = model.config.max_position_embeddings
-    if max_length > positions:
-        raise InputError(f"--max-length {max_length}: the model has {positions} positions")
+    if ours.encode_batch([PROBE]) != theirs.encode_batch([PROBE]):
+        raise InputError(
+            f"{corpus.folder}: {theirs.source.name} cuts text otherwise than {ours.source}"
+        )
+    check_fit(folder, model.config, corpus, max_length)
     return model
+
+
+def check_fit(source: Path, config: BertConfig, corpus: Corpus, max_length: int) -> None:
+    """Refuse a model that has fewer embeddings or positions than it would be asked for."""
+    if config.vocab_size < corpus.tokenizer.vocab_size:
+        raise InputError(
+            f"{source}: vocab_size is {config.vocab_size}; "
+            f"{corpus.folder} needs {corpus.tokenizer.vocab_size}"
+        )
+    if max_length > config.max_position_embeddings:
+        raise InputError(
+            f"--max-length {max_length}: the model has {config.max_position_embeddings} positions"
+        )
 
 
 def main() -> None:
@@ -99,13 +122,15 @@ def main() -> None:
     flags = parser.parse_args()
 
     corpus = Corpus.open(flags.data)
-    if corpus.num_held_out == 0:
-        raise InputError(f"{flags.data}: no held-out documents (see prepare's --held-out)")
     model = load_for_corpus(flags.model, corpus, flags.max_length)
     teacher = load_for_corpus(flags.teacher, corpus, flags.max_length) if flags.teacher else None
     batches = Batches(corpus, max_length=flags.max_length)
     micro_batches = batches.held_out(flags.documents)
     figures = evaluate(model, counted(micro_batches, "evaluating"), teacher)
+    if not figures:
+        raise InputError(
+            f"{flags.data}: nothing to fill in, {corpus.num_held_out} held-out documents"
+        )
     if flags.json:
         print(json.dumps(figures))
     else:

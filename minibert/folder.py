@@ -124,10 +124,12 @@ def read_folder(folder: Path) -> ModelFolder:
 def load_model(folder: Path, attention: Callable[..., Tensor] = plain.attention) -> BertModel:
     """Read a model folder: a `BertForMaskedLM`, or a `BertModel` where it has no head.
 
-    Weights become float32. Raises InputError as `read_folder` does.
+    Weights become float32, in memory of their own. Raises InputError as `read_folder` does.
     """
     model_class, config, tensors, _ = read_folder(folder)
     with torch.device("meta"):
         model = model_class(config, attention)
-    model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    model.load_state_dict(
+        {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}, assign=True
+    )
     return model.eval()

@@ -17,7 +17,7 @@ from minibert.data.corpus import CorpusWriter
 from minibert.data.pubmed import Reading, read_documents
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.files import sha256_of_file
+from minibert.files import sha256_of_files
 from minibert.progress import ProgressLine, duration
 
 BATCH_CHARACTERS = 1 << 20  # tokenized at once: enough to keep every core busy
@@ -78,7 +78,7 @@ def finish(
         [
             {
                 "name": path.name,
-                "sha256": sha256_of_file(path),
+                "sha256": sha256_of_files(path),
                 "documents": reading.documents,
                 "titles_only": reading.titles_only,
             }

@@ -18,10 +18,10 @@ class ProgressLine:
         self.width = 0  # of what stands in the line now
         self.shown_at = time.monotonic()  # a short wait needs no line
 
-    def show(self, text: str, now: bool = False) -> None:
-        """Show `text`, unless the line was shown just before; `now`: in any case."""
+    def show(self, text: str) -> None:
+        """Show `text`, unless the line was shown just before."""
         pause = 0.2 if self.in_place else SECONDS_BETWEEN_LINES
-        if not now and time.monotonic() - self.shown_at < pause:
+        if time.monotonic() - self.shown_at < pause:
             return
         self.shown_at = time.monotonic()
         if self.in_place:

@@ -41,8 +41,8 @@ def rows(batch):
 def original(corpus, ids, places):
     """The sequence before masking, [CLS] and [SEP] taken off."""
     ids = [places.get(place, token) for place, token in enumerate(ids)]
-    assert ids[0] == corpus.cls_id
-    assert ids[-1] == corpus.sep_id
+    assert ids[0] == corpus.tokenizer.cls_id
+    assert ids[-1] == corpus.tokenizer.sep_id
     return ids[1:-1]
 
 
@@ -69,8 +69,14 @@ def test_every_document_has_one_turn_an_epoch(corpus):
 
 
 def test_another_seed_gives_another_order_and_other_masks(corpus):
-    one, other = batches(corpus, seed=0).at(0), batches(corpus, seed=1).at(0)
-    assert one.documents != other.documents
+    one, other = batches(corpus, seed=0), batches(corpus, seed=1)
+    assert one.at(0).documents != other.at(0).documents
+    masks = []
+    for maker in (one, other):
+        everything = Batches(corpus, MAX_LENGTH, 10_000, corpus.num_training, maker.seed).at(0)
+        texts = {tuple(original(corpus, *row)): set(row[1]) for row in rows(everything)}
+        masks.append([texts[text] for text in sorted(texts)])
+    assert masks[0] != masks[1]
 
 
 def test_what_a_step_learns_from_does_not_depend_on_how_it_is_cut(corpus):
@@ -112,7 +118,9 @@ def test_unmasked_text_is_the_documents(corpus):
 
 def test_padding_is_padding(corpus):
     for micro_batch in batches(corpus).at(2).micro_batches:
-        assert (micro_batch.input_ids[micro_batch.attention_mask == 0] == corpus.pad_id).all()
+        assert (
+            micro_batch.input_ids[micro_batch.attention_mask == 0] == corpus.tokenizer.pad_id
+        ).all()
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +147,13 @@ def test_masking_is_15_percent_80_10_10_and_never_special(long_corpus):
             assert label >= 5, "a special token was masked"
             now = ids[place]
             outcome[
-                "mask" if now == long_corpus.mask_id else "kept" if now == label else "random"
+                "mask"
+                if now == long_corpus.tokenizer.mask_id
+                else "kept"
+                if now == label
+                else "random"
             ] += 1
-            assert now == long_corpus.mask_id or now >= 5, "replaced by a special token"
+            assert now == long_corpus.tokenizer.mask_id or now >= 5, "replaced by a special token"
         ordinary += sum(token >= 5 for token in original(long_corpus, ids, places))
     masked = sum(outcome.values())
     # Five standard deviations of the binomial counts; a random id is the old one once in 94.
@@ -167,7 +179,16 @@ def test_held_out_documents_are_others_and_their_masks_always_the_same(corpus):
     assert sum(len(m.input_ids) for m in one) == count
     for ours, theirs in zip(one, other, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert sum(len(m.input_ids) for m in batches(corpus).held_out(2)) == 2
+
+
+def test_a_part_of_the_held_out_documents_is_spread_over_all_of_them(corpus):
+    first, count = corpus.num_training, corpus.num_held_out
+    (micro_batch,) = batches(corpus, micro_batch_tokens=10_000).held_out(2)
+    kept = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(*micro_batch[:2], strict=True)}
+    (all_of_them,) = batches(corpus, micro_batch_tokens=10_000).held_out(count)
+    lengths = [min(len(corpus.tokens(first + n)), MAX_LENGTH - 2) + 2 for n in (0, count // 2)]
+    assert sorted(map(len, kept)) == sorted(lengths)
+    assert len(all_of_them.input_ids) == count
 
 
 @given(

@@ -66,3 +66,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match=name):
         load_newest(tmp_path, *trained())
+
+
+@pytest.mark.parametrize("state", ["{}", "[3]", '{"step": 3}', '{"step": "2"}'])
+def test_a_state_of_another_step_is_refused(tmp_path, state):
+    save_checkpoint(tmp_path, 2, *trained(), keep=1)
+    (tmp_path / "step_000002" / "state.json").write_text(state)
+    with pytest.raises(InputError, match=r"state\.json"):
+        load_newest(tmp_path, *trained())

@@ -98,9 +98,28 @@ def test_a_shorter_run_keeps_the_share_of_warm_up():
     assert run.warmup_steps == 0
 
 
-def test_a_run_is_written_and_read_again():
+def test_a_run_is_written_and_read_again(tmp_path):
     run = parsed("--teacher", "t", "--data", "d", "--out", "o", "--teacher-layers", "0,2,5")
-    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    (tmp_path / "config.json").write_text(json.dumps({"run": run.to_dict()}))
+    assert RunConfig.read(tmp_path / "config.json") == run
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ([], "no settings of a run"),
+        ({"recipe": "tinybert"}, "recipe is 'tinybert'; known: compactbiobert, mlm"),
+        ({"recipe": ["mlm"]}, "recipe is"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"steps": 2.5}, "steps: '2.5' is not a whole number from 1 up"),
+        ({"steps": {"a": 1}}, "steps: .* is not a whole number"),
+        ({"teacher_layers": ["a"]}, "teacher_layers: 'a' is not a list of layers"),
+    ],
+)
+def test_a_recorded_run_is_read_by_the_rules_of_flags(tmp_path, settings, complaint):
+    (tmp_path / "config.json").write_text(json.dumps({"run": settings}))
+    with pytest.raises(InputError, match=f"config.json: {complaint}"):
+        RunConfig.read(tmp_path / "config.json")
 
 
 def test_every_setting_of_a_recipe_is_a_setting_of_a_run():

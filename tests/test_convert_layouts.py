@@ -20,7 +20,7 @@ from hugging_face_toys import (
 from safetensors.torch import load_file
 
 from convert_weights import from_hugging_face, hugging_face_names_of, names_of
-from minibert.files import sha256_of_file
+from minibert.files import sha256_of_files
 from minibert.folder import WEIGHTS, load_model, read_tensors
 from minibert.model import BertForMaskedLM, BertModel
 
@@ -172,7 +172,7 @@ def test_the_source_is_recorded(tmp_path):
     source = save_toy(tmp_path / "source", toy_model())
     from_hugging_face(source, tmp_path / "out")
     _, metadata = read_tensors(tmp_path / "out" / "model.safetensors")
-    digest = sha256_of_file(source / "model.safetensors")
+    digest = sha256_of_files(source / "model.safetensors")
     assert metadata == {"source": "model.safetensors", "source_sha256": digest}
 
 

@@ -69,7 +69,6 @@ def test_what_was_written_is_read(tokenizer, tmp_path_factory, documents, held_o
     for number, (document_id, tokens) in enumerate(training + others):
         assert corpus.document_id(number) == document_id
         assert corpus.tokens(number).tolist() == tokens
-        assert corpus.length(number) == len(tokens)
     unknown = sum(tokens.count(tokenizer.unk_id) for _, tokens in documents)
     assert (meta["tokens"], meta["unk_tokens"]) == (corpus.offsets[-1], unknown)
 
@@ -81,10 +80,8 @@ def test_meta_says_what_the_corpus_is(folder, tokenizer):
     assert corpus.meta["held_out_documents"] == corpus.num_held_out > 0
     assert corpus.meta["unk_tokens"] == 29
     assert corpus.meta["inputs"] == [{"name": "toy.txt"}]
-    assert corpus.special_ids == tokenizer.special_ids
-    assert (corpus.pad_id, corpus.unk_id, corpus.cls_id) == (31, 32, 33)
-    assert (corpus.sep_id, corpus.mask_id, corpus.vocab_size) == (34, 35, 36)
-    assert corpus.vocabulary_sha256 == tokenizer.vocabulary_sha256
+    assert corpus.tokenizer.special_ids == tokenizer.special_ids == (31, 32, 33, 34, 35)
+    assert corpus.tokenizer.vocabulary_sha256 == tokenizer.vocabulary_sha256
     assert load_tokenizer(folder).vocabulary_sha256 == tokenizer.vocabulary_sha256
     content = (folder / "tokens.bin").read_bytes() + (folder / "offsets.npy").read_bytes()
     assert corpus.corpus_sha256 == hashlib.sha256(content).hexdigest()
@@ -195,8 +192,8 @@ def cut(name, num_bytes):
         (set_meta(dtype="uint32"), "tokens.bin", "as uint32"),
         (set_meta(dtype="float64"), "meta.json", "dtype is 'float64'"),
         (set_meta(format_version=2), "meta.json", "format_version is 2"),
-        (set_meta(vocab_size=None), "meta.json", "vocab_size missing"),
-        (set_meta(special_ids={"pad_id": 0}), "meta.json", "special_ids is"),
+        (set_meta(tokens=None), "meta.json", "tokens missing"),
+        (set_meta(vocabulary_sha256="0" * 64), "vocab.txt", "not the vocabulary"),
         (set_meta(documents=-29), "meta.json", "documents is -29"),
         (set_meta(held_out_documents=29), "meta.json", "no documents to train on"),
     ],

@@ -114,4 +114,4 @@ def test_nothing_held_out_is_one_clear_line(toy_world, tmp_path, monkeypatch, ca
     where = [toy_world / "teacher", "--data", tmp_path / "corpus", "--max-length", 19]
     status, _, complaint = evaluated(monkeypatch, capsys, *where)
     assert status == 2
-    assert "no held-out documents" in complaint
+    assert "nothing to fill in, 0 held-out documents" in complaint

@@ -147,3 +147,19 @@ def test_chosen_layers_supervise_each_other(world, batch):
     for i, j in enumerate((0, 2)):
         expected = plain.hidden_state_loss(learnt[i], taught[j], attention_mask) / LENGTHS.sum()
         torch.testing.assert_close(terms.hidden_loss[i], expected)
+
+
+def test_maps_are_compared_before_dropout(world, batch):
+    """Dropout on the maps of layer 0 does not touch the comparison of those maps."""
+    student, teacher, run = world
+    micro_batch = batch.micro_batches[0]
+    still = train.loss_terms(student, teacher, micro_batch, batch, run)
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for layer in student.layers:
+        layer.attention_dropout = 0.5
+    dropped = train.loss_terms(student, teacher, micro_batch, batch, run)
+    assert dropped.attention_loss[0] == still.attention_loss[0]
+    assert dropped.hidden_loss[0] != still.hidden_loss[0]

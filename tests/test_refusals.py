@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import TOY_CONFIG
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import train
 from minibert.data.corpus import CorpusWriter
@@ -63,6 +66,8 @@ def refused(toy_world, tmp_path, monkeypatch, capsys):
         ("teacher_layers", "3,1", "expected ascending numbers from 0 to 3"),
         ("warmup_steps", "3", "--warmup-steps 3 of --steps 2"),
         ("max_length", "30", "--max-length 30: the model has 29 positions"),
+        ("max_lengt", "19", "unrecognized arguments: --max-lengt 19"),
+        ("seed", "99999999999999999999", "is not a whole number from 0 up"),
         ("colour", "red", "unrecognized arguments: --colour red"),
         ("recipe", "mlm", "recipe mlm needs --model and has no --teacher"),
         ("model", "there", "recipe compactbiobert needs --teacher"),
@@ -140,6 +145,29 @@ def test_a_hugging_face_folder(refused, toy_world, tmp_path):
     names = {"bert.embeddings.word_embeddings.weight": torch.zeros(99, 24)}
     save_file(names, tmp_path / "hf" / "model.safetensors")
     assert "a Hugging Face folder; convert it first" in refused(teacher=tmp_path / "hf")
+
+
+def test_a_corpus_cut_by_other_rules(refused, toy_world, tmp_path):
+    """The same vocabulary, but punctuation stays with its word: another language to the model."""
+    shutil.copytree(toy_world / "corpus", tmp_path / "corpus")
+    (tmp_path / "corpus" / "vocab.txt").unlink()
+    vocabulary = load_tokenizer(toy_world / "vocab.txt").backend.get_vocab()
+    other = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    other.pre_tokenizer = WhitespaceSplit()
+    other.save(str(tmp_path / "corpus" / "tokenizer.json"))
+    assert "tokenizer.json cuts text otherwise than" in refused(data=tmp_path / "corpus")
+
+
+def test_no_weight_at_all(refused):
+    weights = {f"{name}_weight": "0" for name in ("mlm", "hidden", "attention", "output")}
+    assert "every loss weight is 0" in refused(**weights)
+
+
+def test_a_model_with_too_few_positions_leaves_nothing_behind(refused, toy_world, tmp_path):
+    config = toy_world / "teacher" / "config.json"
+    complaint = refused(recipe="mlm", teacher=None, model=config, max_length="30")
+    assert "--max-length 30: the model has 29 positions" in complaint
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_smaller_than_the_vocabulary(refused, toy_world, tmp_path):

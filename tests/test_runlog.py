@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from minibert.errors import InputError
 from minibert.progress import duration
 from minibert.training.runlog import RunLog, read_metrics
 
@@ -25,3 +28,11 @@ def test_a_torn_last_line_is_left_out(tmp_path):
 
 def test_durations_read_like_a_clock():
     assert [duration(seconds) for seconds in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
+
+
+@pytest.mark.parametrize("line", ["", "[1]", '{"loss": 1}', '{"step": "one"}', "{"])
+def test_a_line_that_is_none_is_refused_by_number(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + line + "\n")
+    with pytest.raises(InputError, match="line 2 is not of a run's log"):
+        read_metrics(path)

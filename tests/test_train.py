@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import train as train_script
 from minibert.config import RunConfig
+from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus, CorpusWriter
 from minibert.data.tokenizer import load_tokenizer
+from minibert.errors import InputError
 from minibert.folder import load_model
 from minibert.training.runlog import read_metrics
 from train import train
@@ -117,13 +121,25 @@ def test_a_run_repeats_itself_bitwise_and_another_seed_does_not(toy_run, tmp_pat
     assert_same_weights(runs[0].out / "student", runs[1].out / "student")
 
 
-def test_one_batch_can_be_learnt_by_heart(toy_world, still_run):
-    """30 training documents in every batch; masks change, so the student follows its teacher."""
-    run = dataclasses.replace(still_run, steps=150, batch_size=30, micro_batch_tokens=1000)
+def test_one_batch_can_be_learnt_by_heart(still_run, monkeypatch):
+    """The same documents, windows and masks in every update: the masked words are learnt."""
+    batch_at = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda batches, step: batch_at(batches, 0))
+    labels_alone = {"hidden_weight": 0.0, "attention_weight": 0.0, "output_weight": 0.0}
+    train(dataclasses.replace(still_run, steps=120, **labels_alone))
+    assert updates(still_run)[0]["mlm_loss"] > 4
+    assert updates(still_run)[-1]["mlm_loss"] < 0.05
+
+
+def test_a_student_can_follow_its_teacher_by_heart(still_run, monkeypatch):
+    """Without the labels the three signals of the teacher agree, and all of them vanish."""
+    batch_at = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda batches, step: batch_at(batches, 0))
+    run = dataclasses.replace(still_run, steps=200, mlm_weight=0.0)
     train(run)
     first, last = updates(run)[0], updates(run)[-1]
-    assert last["hidden_loss"] < 0.2 * first["hidden_loss"]
-    assert last["output_loss"] < 0.2 * first["output_loss"]
+    for term in ("hidden_loss", "attention_loss", "output_loss"):
+        assert last[term] < 0.2 * first[term], term
 
 
 def test_evaluations_stand_at_the_start_between_and_at_the_end(toy_run):
@@ -188,6 +204,38 @@ def test_a_corpus_without_held_out_documents_can_be_learnt_from(
     assert "written" in capsys.readouterr().out
 
 
+def test_an_extended_run_remembers_how_far_it_was_to_go(toy_run):
+    train(dataclasses.replace(toy_run, steps=2))
+    longer = dataclasses.replace(toy_run, steps=6, save_every=1, resume=True)
+    train(longer)
+    shutil.rmtree(toy_run.out / "step_000006")
+    train(RunConfig.from_flags({"out": toy_run.out, "resume": True}))
+    assert [line["step"] for line in updates(toy_run)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(InputError, match="6 updates are done already; --steps is 5"):
+        train(RunConfig.from_flags({"out": toy_run.out, "resume": True, "steps": 5}))
+
+
+def test_a_run_can_be_moved_and_resumed_elsewhere(toy_world, toy_run, tmp_path):
+    train(dataclasses.replace(toy_run, steps=2))
+    for name in ("corpus", "teacher"):
+        shutil.copytree(toy_world / name, tmp_path / "elsewhere" / name)
+    shutil.move(toy_run.out, tmp_path / "elsewhere" / "run")
+    moved = {name: tmp_path / "elsewhere" / name for name in ("teacher",)}
+    moved |= {"data": tmp_path / "elsewhere" / "corpus", "out": tmp_path / "elsewhere" / "run"}
+    train(RunConfig.from_flags({**moved, "resume": True, "steps": 3}))
+    assert (tmp_path / "elsewhere" / "run" / "step_000003").is_dir()
+
+
+def test_numbers_that_are_none_end_the_run_and_keep_the_good_checkpoint(toy_run):
+    """A learning rate beyond reason: the next gradient is not finite."""
+    train(dataclasses.replace(toy_run, steps=2))
+    worse = dataclasses.replace(toy_run, steps=9, learning_rate=1e30, keep=1, resume=True)
+    with pytest.raises(InputError, match="step 4: the gradient is nan"):
+        train(worse)
+    assert [path.name for path in toy_run.out.glob("step_*")] == ["step_000002"]
+    assert all(math.isfinite(line["loss"]) for line in updates(toy_run))
+
+
 def test_a_run_that_never_saved_begins_again(toy_run):
     train(dataclasses.replace(toy_run, steps=3))
     shutil.rmtree(toy_run.out / "step_000003")
@@ -196,10 +244,13 @@ def test_a_run_that_never_saved_begins_again(toy_run):
     assert [line["step"] for line in evaluations(toy_run)] == [0, 3]
 
 
-def test_the_teacher_is_left_alone(toy_run):
-    before = load_model(toy_run.teacher).state_dict()
+def test_the_teacher_is_left_alone(toy_run, monkeypatch):
+    corpus, device = Corpus.open(toy_run.data), torch.device("cpu")
+    models = train_script.build_models(toy_run, corpus, device)
+    monkeypatch.setattr(train_script, "build_models", lambda *arguments: models)
     train(dataclasses.replace(toy_run, steps=2))
-    after = load_model(toy_run.teacher).state_dict()
+    _, teacher, _ = models
+    before, after = load_model(toy_run.teacher).state_dict(), teacher.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -215,4 +266,5 @@ def test_bfloat16_learns_the_same_within_its_precision(still_run, tmp_path):
     train(half)
     for ours, theirs in zip(updates(still_run)[:3], updates(half)[:3], strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.03)
+        assert theirs["loss"] != ours["loss"]
     assert all(t.dtype == torch.float32 for t in load_model(half.out / "student").parameters())

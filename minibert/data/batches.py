@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from minibert.data.corpus import Corpus
+from minibert.errors import InputError
 
 MASKED_SHARE = 0.15  # of the tokens that are no special ones, each independently
 REPLACED_BY_MASK = 0.8  # of those: [MASK]; then a random id; the rest stay as they are
 REPLACED_BY_RANDOM = 0.1
 
 TRAINING, HELD_OUT = 0, 1  # separate streams of random numbers
-HELD_OUT_SEED = 0  # not the run's: every run and model is evaluated on the same masked positions
+HELD_OUT_SEED = 0  # not the run's: runs are evaluated on the same masked positions
 
 
 class MicroBatch(NamedTuple):
@@ -80,10 +81,12 @@ class Batches:
         self.max_length = max_length
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
-        special = [corpus.pad_id, corpus.unk_id, corpus.cls_id, corpus.sep_id, corpus.mask_id]
-        self.maskable = np.ones(corpus.vocab_size, dtype=bool)  # by id
-        self.maskable[special] = False
+        self.tokenizer = corpus.tokenizer
+        self.maskable = np.ones(self.tokenizer.vocab_size, dtype=bool)  # by id
+        self.maskable[list(self.tokenizer.special_ids)] = False
         self.random_ids = np.flatnonzero(self.maskable)
+        if len(self.random_ids) == 0:
+            raise InputError(f"{self.tokenizer.source}: special tokens alone, nothing to mask")
 
     def at(self, step: int) -> GlobalBatch:
         """The global batch of update `step`, counted from 0."""
@@ -101,11 +104,12 @@ class Batches:
         )
 
     def held_out(self, num_documents: int) -> list[MicroBatch]:
-        """The first held-out documents with masks that are always the same."""
-        first = self.corpus.num_training
-        last = first + min(num_documents, self.corpus.num_held_out)
+        """Some held-out documents, evenly spread, with masks that depend on `max_length` alone."""
+        first, there = self.corpus.num_training, self.corpus.num_held_out
+        count = min(num_documents, there)
+        documents = [first + turn * there // count for turn in range(count)]
         return self._micro_batches(
-            [self._sequence(number, 0, HELD_OUT_SEED, HELD_OUT) for number in range(first, last)]
+            [self._sequence(document, 0, HELD_OUT_SEED, HELD_OUT) for document in documents]
         )
 
     def _whose_turn(self, turn: int) -> tuple[int, int]:
@@ -118,7 +122,7 @@ class Batches:
         tokens = self.corpus.tokens(document)
         start, end = window(len(tokens), self.max_length - 2, turn=epoch + document)
         original_ids = np.empty(end - start + 2, dtype=np.int64)
-        original_ids[0], original_ids[-1] = self.corpus.cls_id, self.corpus.sep_id
+        original_ids[0], original_ids[-1] = self.tokenizer.cls_id, self.tokenizer.sep_id
         original_ids[1:-1] = tokens[start:end]
 
         # A counter-based generator: its key and counter name the draw, so nothing is carried over.
@@ -130,7 +134,7 @@ class Batches:
         masked = (chance < MASKED_SHARE) & self.maskable[original_ids]
         by_mask = masked & (kind < REPLACED_BY_MASK)
         by_random = masked & ~by_mask & (kind < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
-        input_ids = np.where(by_mask, self.corpus.mask_id, original_ids)
+        input_ids = np.where(by_mask, self.tokenizer.mask_id, original_ids)
         return Sequence(np.where(by_random, random_ids, input_ids), original_ids, masked)
 
     def _micro_batches(self, sequences: list[Sequence]) -> list[MicroBatch]:
@@ -147,7 +151,7 @@ class Batches:
     def _padded(self, sequences: list[Sequence]) -> MicroBatch:
         """Sequences side by side, padded to the longest."""
         B, S = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
-        input_ids = np.full((B, S), self.corpus.pad_id, dtype=np.int64)
+        input_ids = np.full((B, S), self.tokenizer.pad_id, dtype=np.int64)
         original_ids = np.zeros((B, S), dtype=np.int64)
         attention_mask = np.zeros((B, S), dtype=np.int64)
         masked = np.zeros((B, S), dtype=bool)

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minibert.data.tokenizer import SpecialIds, Tokenizer
+from minibert.data.tokenizer import Tokenizer, load_tokenizer
 from minibert.errors import InputError
-from minibert.files import atomic_folder, read_json, write_json
+from minibert.files import atomic_folder, read_json, sha256_of_files, write_json
 
 FORMAT_VERSION = 1
 TOKENS, OFFSETS, IDS, META = "tokens.bin", "offsets.npy", "ids.txt", "meta.json"
@@ -119,7 +119,7 @@ class CorpusWriter:
             "vocab_size": self.tokenizer.vocab_size,
             "special_ids": self.tokenizer.special_ids._asdict(),
             "vocabulary_sha256": self.tokenizer.vocabulary_sha256,
-            "corpus_sha256": _sha256_of_both(partial / TOKENS, partial / OFFSETS),
+            "corpus_sha256": sha256_of_files(partial / TOKENS, partial / OFFSETS),
             "inputs": list(inputs),
         }
         write_json(partial / META, meta)
@@ -136,33 +136,26 @@ class CorpusWriter:
         self._stack.__exit__(type(unfinished), unfinished, None)
 
 
-def _sha256_of_both(tokens: Path, offsets: Path) -> str:
-    """What `cat tokens.bin offsets.npy | sha256sum` prints."""
-    digest = hashlib.sha256()
-    for path in (tokens, offsets):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 class Corpus:
     """A corpus folder, opened for reading; tokens are read from the disk as they are asked for.
 
     Documents are numbered from 0: the `num_training` ones first, then the `num_held_out` ones.
     """
 
-    def __init__(self, folder: Path, meta: dict[str, Any], tokens: np.ndarray, offsets: np.ndarray):
-        self.folder, self.meta = folder, meta
+    def __init__(
+        self,
+        folder: Path,
+        meta: dict[str, Any],
+        tokenizer: Tokenizer,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
+    ):
+        self.folder, self.meta, self.tokenizer = folder, meta, tokenizer
         self.offsets = offsets  # (documents + 1,) int64
         self._tokens = tokens  # all documents end to end
         self.num_held_out: int = meta["held_out_documents"]
         self.num_training: int = meta["documents"] - self.num_held_out
-        self.vocab_size: int = meta["vocab_size"]
-        self.vocabulary_sha256: str = meta["vocabulary_sha256"]
         self.corpus_sha256: str = meta["corpus_sha256"]
-        self.special_ids = SpecialIds(**meta["special_ids"])
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
@@ -173,6 +166,9 @@ class Corpus:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such corpus folder")
         meta = _read_meta(folder / META)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocabulary_sha256 != meta["vocabulary_sha256"]:
+            raise InputError(f"{tokenizer.source}: not the vocabulary that {META} names")
         offsets = _map_offsets(folder / OFFSETS, meta)
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         size = _size(folder / TOKENS)
@@ -182,15 +178,16 @@ class Corpus:
                 f"as {meta['dtype']}, {meta['tokens'] * dtype.itemsize} bytes"
             )
         tokens = np.memmap(folder / TOKENS, dtype, mode="r")
-        return cls(folder, meta, np.asarray(tokens), np.asarray(offsets))
+        return cls(folder, meta, tokenizer, np.asarray(tokens), np.asarray(offsets))
 
     def tokens(self, document: int) -> np.ndarray:
         """(length,) ids of a document, uint16 or uint32, read-only, without special tokens."""
-        return self._tokens[self.offsets[document] : self.offsets[document + 1]]
-
-    def length(self, document: int) -> int:
-        """Tokens of a document."""
-        return int(self.offsets[document + 1] - self.offsets[document])
+        tokens = self._tokens[self.offsets[document] : self.offsets[document + 1]]
+        if tokens.max() >= self.tokenizer.vocab_size:
+            raise InputError(
+                f"{self.folder / TOKENS}: damaged; document {document} holds {tokens.max()}"
+            )
+        return tokens
 
     def document_id(self, document: int) -> str:
         """The id that a document came with (reads ids.txt up to it: for people, not for loops)."""
@@ -215,12 +212,6 @@ EXPECTED_IN_META = {
     "held_out_documents": _is_count,
     "tokens": _is_count,
     "dtype": lambda name: name in ("uint16", "uint32"),
-    "vocab_size": _is_count,
-    "special_ids": lambda ids: (
-        isinstance(ids, dict)
-        and set(ids) == set(SpecialIds._fields)
-        and all(map(_is_count, ids.values()))
-    ),
     "vocabulary_sha256": lambda digest: isinstance(digest, str),
     "corpus_sha256": lambda digest: isinstance(digest, str),
 }

@@ -21,8 +21,9 @@ def attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tens
     query, key (B, N, S, D); attention_mask (B, S), 1 = real. Returns (B, N, S, S) in float32 or
     better; columns of padding keys hold the lowest finite number: after softmax, exact zeros.
     """
+    query, key = _at_least_float32(query), _at_least_float32(key)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, N, S, S)
-    scores = _at_least_float32(scores)
+    scores = _at_least_float32(scores)  # autocast may have rounded the product
     padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, S)
     return scores.masked_fill(padding, torch.finfo(scores.dtype).min)
 
@@ -60,20 +61,21 @@ def vocabulary_loss(
     output_sum is 0. T^2 keeps the size of the gradient (Hinton et al. 2015, section 2).
     Returns two scalars.
     """
-    student_logits = _at_least_float32(
-        F.linear(student_head, student_decoder, student_bias)
-    )  # (M, V)
+    student_logits = _logits(student_head, student_decoder, student_bias)  # (M, V)
     mlm_sum = F.cross_entropy(student_logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     if teacher_head is None:
         return mlm_sum, torch.zeros_like(mlm_sum)
-    teacher_logits = _at_least_float32(
-        F.linear(teacher_head, teacher_decoder, teacher_bias)
-    )  # (M, V)
+    teacher_logits = _logits(teacher_head, teacher_decoder, teacher_bias)  # (M, V)
     student_log_probs = (student_logits / temperature).log_softmax(dim=-1)  # (M, V)
     teacher_log_probs = (teacher_logits / temperature).log_softmax(dim=-1)  # (M, V)
     kl = (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(dim=-1)  # (M,)
     output_sum = kl[labels != IGNORED_LABEL].sum() * temperature**2
     return mlm_sum, output_sum
+
+
+def _logits(head: Tensor, decoder: Tensor, bias: Tensor) -> Tensor:
+    """head (M, H), decoder (V, H), bias (V,); returns (M, V)."""
+    return F.linear(*map(_at_least_float32, (head, decoder, bias)))
 
 
 def attention_map_loss(

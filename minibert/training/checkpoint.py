@@ -14,30 +14,40 @@ from torch import nn
 from minibert.config import RunConfig
 from minibert.errors import InputError
 from minibert.files import atomic_folder, read_json, write_json
-from minibert.folder import read_tensors, write_tensors
+from minibert.folder import CONFIG, WEIGHTS, read_tensors, write_tensors
 
-CONFIG = "config.json"  # of the run
-WEIGHTS, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+KINDS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+MOMENTS, STATE = "optimizer.safetensors", "state.json"
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in run_folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many updates a checkpoint stands for."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def enter_run_folder(run: RunConfig, identity: dict[str, str]) -> None:
     """Make the folder of a new run, or see that a resumed one is still what it was.
 
-    `identity` are the hashes of what the run learns from: a resumed run must find the same.
+    `identity` are the hashes of what the run learns from: a resumed run must find the same. Its
+    config.json then tells what it was last started with.
     """
     if run.resume:
-        recorded = read_json(run.out / CONFIG).get("identity", {})
-        for name, value in identity.items():
-            if recorded.get(name) != value:
-                raise InputError(f"{run.out}: --resume with another {name} than the run began with")
-        return
-    if run.out.exists() and any(run.out.iterdir()):
+        recorded = read_json(run.out / CONFIG).get("identity")
+        if recorded != identity:
+            known = recorded if isinstance(recorded, dict) else {}
+            changed = [name for name in identity if identity[name] != known.get(name)]
+            raise InputError(
+                f"{run.out}: --resume with another {' and '.join(changed)} than the run began with"
+            )
+        if run.steps < (done := max(map(step_of, checkpoints(run.out)), default=0)):
+            raise InputError(f"{run.out}: {done} updates are done already; --steps is {run.steps}")
+    elif run.out.exists() and any(run.out.iterdir()):
         raise InputError(
             f"{run.out} is not empty; --resume goes on with the run in it, or choose another --out"
         )
@@ -66,25 +76,35 @@ def save_checkpoint(
 def load_newest(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put the newest checkpoint into model and optimiser; returns how many updates it stands for.
 
-    0, and nothing changed, where there is none.
+    0, and nothing changed, where there is none. A damaged checkpoint, or another model's, is an
+    InputError that names the file.
     """
     if not (saved := checkpoints(run_folder)):
         return 0
     folder = saved[-1]
+    step = step_of(folder)
+    if read_json(folder / STATE) != {"step": step}:
+        raise InputError(f"{folder / STATE}: not the state after step {step}")
     weights, _ = read_tensors(folder / WEIGHTS)
     moments, _ = read_tensors(folder / MOMENTS)
-    kinds = ("step", "exp_avg", "exp_avg_sq")
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    wanted_moments = {f"{name}.{kind}" for name in expected for kind in kinds}
-    if {name: tensor.shape for name, tensor in weights.items()} != expected:
-        raise InputError(f"{folder / WEIGHTS}: the tensors are not those of this run's model")
-    if moments.keys() != wanted_moments:
-        raise InputError(f"{folder / MOMENTS}: the moments are not those of this run's model")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    moment_shapes = {
+        f"{name}.{kind}": torch.Size() if kind == "step" else shape
+        for name, shape in shapes.items()
+        for kind in KINDS
+    }
+    for path, found, expected in (
+        (folder / WEIGHTS, weights, shapes),
+        (folder / MOMENTS, moments, moment_shapes),
+    ):
+        if {name: tensor.shape for name, tensor in found.items()} != expected:
+            raise InputError(f"{path}: the tensors are not those of this run's model")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
+            # AdamW keeps its count of steps on the CPU.
+            devices = {kind: "cpu" if kind == "step" else parameter.device for kind in KINDS}
             optimizer.state[parameter] = {
-                kind: moments[f"{name}.{kind}"].to(parameter.device if kind != "step" else "cpu")
-                for kind in kinds
+                kind: moments[f"{name}.{kind}"].clone().to(devices[kind]) for kind in KINDS
             }
-    return read_json(folder / STATE)["step"]
+    return step

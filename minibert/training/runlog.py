@@ -1,11 +1,15 @@
 """What a run tells: one JSON object a log step for programs, one line of progress for people."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from minibert.errors import InputError
 from minibert.files import atomic_file
 from minibert.progress import ProgressLine, duration
 
@@ -24,17 +28,19 @@ class RunLog:
         self.path = folder / METRICS
         self.first_step, self.steps = first_step, steps
         self.line = ProgressLine()
-        self.seconds_in_all = 0.0  # in updates of this process
-        self.seconds = self.tokens = 0  # since the last log step
-        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step != 0]
+        self.tokens = 0  # learnt from since the last line about an update
+        self.seconds_in_all = 0.0  # of updates, in this process
+        kept = [line for line in read_metrics(self.path) if 0 < first_step >= line["step"]]
         with atomic_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.clock = time.perf_counter()
 
-    def count(self, tokens: int, seconds: float) -> None:
-        """Note an update of so many real tokens that took so long."""
-        self.tokens += tokens
-        self.seconds += seconds
-        self.seconds_in_all += seconds
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done in here (evaluating, saving) does not count as time of updates."""
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
 
     def update(
         self,
@@ -61,8 +67,10 @@ class RunLog:
                 "hidden_loss_per_layer": hidden_loss.tolist(),
                 "attention_loss_per_layer": attention_loss.tolist(),
             }
-        tokens_per_second = self.tokens / self.seconds
-        self.tokens = self.seconds = 0
+        now = time.perf_counter()  # after .item(): a GPU has done all that was asked of it
+        self.seconds_in_all += now - self.clock
+        tokens_per_second = self.tokens / (now - self.clock)
+        self.tokens, self.clock = 0, now
         self._write(
             step,
             **figures,
@@ -125,5 +133,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; none where there is no file. A torn last line is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"] += 0
+        except (ValueError, TypeError, LookupError):
+            raise InputError(f"{path}: line {number} is not of a run's log") from None
+    return lines
