@@ -22,7 +22,7 @@ from minibert.config import BertConfig
 from minibert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILES, load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import atomic_folder, read_json, sha256_of_files, write_json
-from minibert.folder import CONFIG, read_folder, save_tensors, tensor_shapes
+from minibert.folder import CONFIG, fill_folder, read_folder, tensor_shapes
 from minibert.hugging_face import find_checkpoint, read_checkpoint
 from minibert.model import BertForMaskedLM, BertModel
 
@@ -210,7 +210,8 @@ def from_hugging_face(
         "source": ", ".join(file.name for file in files),
         "source_sha256": ", ".join(sha256_of_files(file) for file in files),
     }
-    save_tensors(out, ours.tensors, config, model_class, folder, provenance)
+    with atomic_folder(out) as partial:
+        fill_folder(partial, ours.tensors, config, model_class, folder, provenance)
 
     teach = f"python train.py --teacher {out} --data CORPUS --out RUN"
     export = f"python convert_weights.py --to-hf {out} FOLDER"
@@ -233,7 +234,7 @@ def to_hugging_face(model: Path, out: Path) -> str:
     prefix = "bert." if model_class is BertModel else ""  # which a bare encoder does not have
     theirs = {names[ours].removeprefix(prefix): tensor for ours, tensor in tensors.items()}
     with atomic_folder(out) as partial:
-        save_tensors(partial, theirs, config, model_class, model, metadata | {"format": "pt"})
+        fill_folder(partial, theirs, config, model_class, model, metadata | {"format": "pt"})
         if tokenizer:
             settings = read_json(partial / CONFIG)
             pad_token_id = load_tokenizer(model).pad_id

@@ -4,7 +4,6 @@ The tensors carry our own names and the tied matrix stands once; `convert_weight
 from and to Hugging Face's.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from minibert.config import BertConfig
 from minibert.data.tokenizer import TOKENIZER_FILES
 from minibert.errors import InputError
-from minibert.files import atomic_folder, read_json
+from minibert.files import atomic_folder, read_json, write_json
 from minibert.model import BertForMaskedLM, BertModel
 from minibert.ops import plain
 
@@ -51,14 +50,13 @@ def write_tensors(
     path.chmod(mode)
 
 
-def save_model(
-    folder: Path, model: BertModel, tokenizer_from: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write `model` as a model folder, atomically; tokenizer files are copied from a folder."""
-    save_tensors(folder, model.state_dict(), model.config, type(model), tokenizer_from, metadata)
+def save_model(folder: Path, model: BertModel, tokenizer_from: Path) -> None:
+    """Write `model` as a model folder, whole or not at all."""
+    with atomic_folder(folder) as partial:
+        fill_folder(partial, model.state_dict(), model.config, type(model), tokenizer_from)
 
 
-def save_tensors(
+def fill_folder(
     folder: Path,
     tensors: Mapping[str, Tensor],
     config: BertConfig,
@@ -66,15 +64,13 @@ def save_tensors(
     tokenizer_from: Path,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors under our names as a model folder, atomically."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder) as partial:
-        write_tensors(partial / WEIGHTS, tensors, metadata)
-        settings = {"architectures": [model_class.__name__]} | config.to_dict()
-        (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, partial / name)
+    """Write tensors and config into a folder, and copy the tokenizer's files from another."""
+    write_tensors(folder / WEIGHTS, tensors, metadata)
+    settings = {"architectures": [model_class.__name__]} | config.to_dict()
+    write_json(folder / CONFIG, settings)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
 
 
 class ModelFolder(NamedTuple):

@@ -153,8 +153,8 @@ STUDIES = (
         "We conclude that {level} {marker} does not reveal {disease}.",
     ),
     (
-        "A review of {drug} in {disease}. " + DRUG + "We found {trials} trials of {drug} {dose} "
-        "with {group} patients. ",
+        "A review of {drug} in {disease}. " + DRUG + "In {city}, we found {trials} trials of "
+        "{drug} {dose} with {group} patients. ",
         *DRUG_ENDINGS,
     ),
     (
@@ -231,20 +231,19 @@ def expand(template: str, facts: dict[str, object], random: Random) -> str:
 
 
 def write_abstracts(path: Path, documents: int, seed: int) -> None:
-    """Write a `.jsonl` of `documents` abstracts, {"id": "demo-000001", "text": ...} a line.
+    """Write a `.jsonl` of `documents` abstracts, {"text": ...} a line.
 
-    Document i depends on (seed, i) alone, so a longer corpus begins with the shorter one.
+    Document i depends on (seed, i) alone, so a longer corpus begins with the shorter one. Two in
+    a hundred repeat another; without ids of their own both are held out, or neither.
     """
     diseases = read_knowledge(KNOWLEDGE)
     with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for number in range(1, documents + 1):
-            random = Random(
-                f"{seed} {number}"
-            )  # a string seeds the same in every version of Python
+            random = Random(f"{seed} {number}")  # seeded alike by every version of Python
             opening, *endings = random.choice(STUDIES)
             template = opening + random.choice(endings)
             text = expand(template, choose_facts(diseases, random), random)
-            file.write(json.dumps({"id": f"demo-{number:06d}", "text": text}) + "\n")
+            file.write(json.dumps({"text": text}) + "\n")
 
 
 def train_vocabulary(texts_path: Path, vocab_path: Path, vocab_size: int) -> None:
