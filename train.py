@@ -53,7 +53,8 @@ def train(run: RunConfig) -> None:
     guide = teacher if distils else None  # MLM alone does not wait for the teacher
 
     if first_step == 0:
-        log.evaluation(0, evaluate(student, counted(held_out, "evaluating"), teacher))
+        with log.apart():
+            log.evaluation(0, evaluate(student, counted(held_out, "evaluating"), teacher))
 
     for step in range(first_step, run.steps):
         # One update: a global batch, its losses, their gradient, the new weights.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from minibert.errors import InputError
 from minibert.progress import duration
@@ -36,3 +37,19 @@ def test_a_line_that_is_none_is_refused_by_number(tmp_path, line):
     path.write_text(json.dumps({"step": 1}) + "\n" + line + "\n")
     with pytest.raises(InputError, match="line 2 is not of a run's log"):
         read_metrics(path)
+
+
+def test_throughput_counts_updates_alone(tmp_path, monkeypatch):
+    """Two updates of 3 s each; 50 s of evaluating between them do not count."""
+    clock = iter([0.0, 3.0, 53.0, 56.0])
+    monkeypatch.setattr("minibert.training.runlog.time.perf_counter", lambda: next(clock))
+    log = RunLog(tmp_path, first_step=0, steps=2)
+    with log.apart():
+        pass
+    log.tokens += 1200
+    value, none = torch.tensor(1.0), torch.zeros(0)
+    terms = {"loss": value, "mlm_loss": value, "output_loss": value}
+    terms |= {"hidden_loss": none, "attention_loss": none}
+    log.update(2, **terms, learning_rate=0.1, grad_norm=value)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["tokens_per_second"] == 200
