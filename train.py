@@ -219,7 +219,7 @@ DEMO_TEACHER = BertConfig(
     attention_probs_dropout_prob=0.0,
     initializer_range=0.03,
 )
-DEMO_TEACHING = {"steps": 800, "learning_rate": 3e-3, "warmup_steps": 80, "save_every": 100}
+DEMO_TEACHING = {"steps": 800, "learning_rate": 4e-3, "warmup_steps": 80, "save_every": 100}
 
 
 def demonstration() -> None:
