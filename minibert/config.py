@@ -152,7 +152,7 @@ class RunConfig:
         None, "highest learning rate", type=number(float, 0, exclusive=True)
     )
     warmup_steps: int | None = setting(
-        None, "updates of linear warm-up (the recipe's share of --steps)", type=number(int, 0)
+        None, "updates of linear warm-up; of other --steps the same share", type=number(int, 0)
     )
     weight_decay: float | None = setting(
         None, "decoupled weight decay, not on biases and LayerNorm", type=number(float, 0)
@@ -201,6 +201,9 @@ class RunConfig:
             options = dict(entry.metadata)
             if entry.default is not None and "action" not in options:
                 options["help"] += f" (default: {entry.default})"
+            if all(hasattr(recipe, entry.name) for recipe in RECIPES.values()):
+                by_recipe = (f"{name} {getattr(r, entry.name)}" for name, r in RECIPES.items())
+                options["help"] += f" (default: {', '.join(by_recipe)})"
             if "type" in options:
                 options["metavar"] = METAVARS.get(options["type"], "N")
             parser.add_argument(f"--{entry.name.replace('_', '-')}", default=SUPPRESS, **options)
