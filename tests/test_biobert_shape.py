@@ -5,23 +5,16 @@ import math
 
 import pytest
 import torch
+from conftest import BIOBERT
 
 import convert_weights
 import train
-from minibert.config import BertConfig, RunConfig
+from minibert.config import RunConfig
 from minibert.folder import load_model, read_tensors, save_model
 from minibert.model import BertForMaskedLM
 from minibert.prepare import prepare
 from minibert.training.checkpoint import checkpoints
 from minibert.training.runlog import read_metrics
-
-BIOBERT = BertConfig(
-    vocab_size=28_996,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
-)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TOY_CONFIG
+from conftest import BIOBERT, TOY_CONFIG
 from torch import nn
 
 from minibert.model import BertForMaskedLM, EncoderLayer
@@ -183,15 +183,7 @@ def test_the_start_is_that_of_bert():
 
 
 def test_parameter_count_of_compactbiobert():
-    config = dataclasses.replace(
-        TOY_CONFIG,
-        vocab_size=28_996,
-        hidden_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        max_position_embeddings=512,
-    )
+    config = dataclasses.replace(BIOBERT, num_hidden_layers=6)
     with torch.device("meta"):
         model = BertForMaskedLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 65_813_572
