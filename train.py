@@ -8,6 +8,7 @@ A run folder holds config.json, metrics.jsonl, step_*/ (checkpoints) and at the 
 model folder (model/ where there is no teacher). `python train.py --help` explains every flag.
 """
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -28,11 +29,12 @@ from minibert.evaluate import check_fit, evaluate, load_for_corpus
 from minibert.files import sha256_of_files, write_json
 from minibert.folder import WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
-from minibert.ops import plain as ops
+from minibert.ops import fused, plain
 from minibert.prepare import prepare
 from minibert.progress import counted
 from minibert.student import every_second_layer, student_from_teacher
 from minibert.training.checkpoint import enter_run_folder, load_newest, save_checkpoint
+from minibert.training.device import set_up_device
 from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer, learning_rate_at
 from minibert.training.runlog import RunLog
 
@@ -40,7 +42,7 @@ from minibert.training.runlog import RunLog
 def train(run: RunConfig) -> None:
     """Train as `run` says, from its beginning or its newest checkpoint, to its end."""
     # What a run is made of.
-    device = pick_device(run.device)
+    device = set_up_device(run.device)
     corpus = Corpus.open(run.data)
     student, teacher, run = build_models(run, corpus, device)
     batches = Batches(corpus, run.max_length, run.micro_batch_tokens, run.batch_size, run.seed)
@@ -49,29 +51,27 @@ def train(run: RunConfig) -> None:
     enter_run_folder(run, identity(run, corpus))
     first_step = load_newest(run.out, student, optimizer)
     log = RunLog(run.out, first_step, run.steps)
-    distils = run.hidden_weight or run.attention_weight or run.output_weight
-    guide = teacher if distils else None  # MLM alone does not wait for the teacher
+    learner, guide = forward_passes(student, teacher, run)
 
     if first_step == 0:
         with log.apart():
             log.evaluation(0, evaluate(student, counted(held_out, "evaluating"), teacher))
 
-    for step in range(first_step, run.steps):
+    steps = range(first_step, run.steps)
+    for step, batch in zip(steps, batches.ahead(steps, device.type == "cuda"), strict=True):
         # One update: a global batch, its losses, their gradient, the new weights.
         torch.manual_seed(dropout_seed(run.seed, step))
         student.train()
-        batch = batches.at(step)
         totals = [0.0] * 5  # for the log: the loss and its four terms
         for micro_batch in batch.micro_batches:
-            terms = loss_terms(student, guide, micro_batch.to(device), batch, run)
+            terms = loss_terms(learner, guide, micro_batch.to(device), batch, run)
             loss = (
-                run.mlm_weight * terms.mlm_loss
+                terms.vocabulary_loss  # mlm_weight * mlm_loss + output_weight * output_loss
                 + run.hidden_weight * terms.hidden_loss.sum()
                 + run.attention_weight * terms.attention_loss.sum()
-                + run.output_weight * terms.output_loss
             )
             loss.backward()
-            for i, term in enumerate((loss, *terms)):
+            for i, term in enumerate((loss, *terms[1:])):
                 totals[i] = totals[i] + term.detach()
         grad_norm = clip_grad_norm_(student.parameters(), LARGEST_GRAD_NORM)
         learning_rate = learning_rate_at(step, run.steps, run.warmup_steps, run.learning_rate)
@@ -107,6 +107,7 @@ def train(run: RunConfig) -> None:
 class LossTerms(NamedTuple):
     """The loss terms of a micro-batch, as its part of the means over the global batch."""
 
+    vocabulary_loss: Tensor  # (): the next and the last, weighted; these two have no gradient
     mlm_loss: Tensor  # ()
     hidden_loss: Tensor  # (L,) one for each student layer
     attention_loss: Tensor  # (L,)
@@ -126,19 +127,19 @@ def loss_terms(
     the terms of all micro-batches add up to the same, however the batch was cut.
     """
     N = student.config.num_attention_heads
+    ops = {"fused": fused, "plain": plain}[run.ops]
     mask = batch.attention_mask
-    where = {"attention_mask": mask, "masked_positions": batch.masked_positions}
+    where = {"attention_mask": mask, "masked_positions": batch.masked_positions, "ops": ops}
     # Student layer i follows teacher layer layers[i].
     layers = () if teacher is None else run.teacher_layers
-    bfloat16 = torch.autocast(mask.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
-    with bfloat16:
-        learnt = student(batch.input_ids, **where, keep=range(len(layers)))
+    half = torch.bfloat16 if run.dtype == "bfloat16" else None
+    learnt = student(batch.input_ids, **where, keep=range(len(layers)), dtype=half)
     student_head = (learnt.head_output, student.decoder, student.decoder_bias)
     teacher_head = (None, None, None)
     hidden_sums, attention_sums = [], []
     if teacher is not None:
         assert not teacher.training, "the teacher's dropout would make its targets noisy"
-        with torch.no_grad(), bfloat16:
+        with torch.inference_mode():
             taught = teacher(batch.input_ids, **where, keep=layers)
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
         for i, j in enumerate(layers):
@@ -146,14 +147,17 @@ def loss_terms(
             maps = (learnt.queries[i], learnt.keys[i], taught.queries[j], taught.keys[j])
             hidden_sums.append(ops.hidden_state_loss(*hidden, mask))
             attention_sums.append(ops.attention_map_loss(*maps, mask))
-    mlm_sum, output_sum = ops.vocabulary_loss(
-        *student_head, *teacher_head, batch.labels, run.temperature
+    num_masked = max(1, whole.num_masked)
+    weights = (run.mlm_weight / num_masked, run.output_weight / num_masked)
+    vocabulary_loss, mlm_sum, output_sum = ops.vocabulary_loss(
+        *student_head, *teacher_head, batch.labels, run.temperature, *weights
     )
     return LossTerms(
-        mlm_loss=mlm_sum / max(1, whole.num_masked),
+        vocabulary_loss=vocabulary_loss,
+        mlm_loss=mlm_sum / num_masked,
         hidden_loss=stacked(hidden_sums) / whole.num_tokens,
         attention_loss=stacked(attention_sums) / (whole.num_tokens * N * run.max_length),
-        output_loss=output_sum / max(1, whole.num_masked),
+        output_loss=output_sum / num_masked,
     )
 
 
@@ -184,6 +188,25 @@ def build_models(
     return student, teacher, run
 
 
+def forward_passes(
+    student: BertForMaskedLM, teacher: BertForMaskedLM | None, run: RunConfig
+) -> tuple[BertForMaskedLM, BertForMaskedLM | None]:
+    """Student and teacher as the steps run them; evaluations take the models themselves.
+
+    The steps' teacher has its weights in the run's dtype, so that they are rounded once. MLM alone
+    does not wait for a teacher.
+    """
+    learner, guide = student, None
+    if teacher is not None and (run.hidden_weight or run.attention_weight or run.output_weight):
+        guide = teacher
+        if run.dtype == "bfloat16":
+            guide = copy.deepcopy(teacher).to(torch.bfloat16)
+    if run.compile:  # sizes differ from batch to batch: compiled once for all of them
+        learner = torch.compile(learner)
+        guide = guide and torch.compile(guide)
+    return learner, guide
+
+
 def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
     """What a run learns from, as hashes: a resumed run must find the same."""
     hashes = {"corpus": corpus.corpus_sha256}
@@ -191,15 +214,6 @@ def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
         if source is not None:
             hashes[name] = sha256_of_files(source / WEIGHTS if source.is_dir() else source)
     return hashes
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no CUDA device that torch can use")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def dropout_seed(seed: int, step: int) -> int:

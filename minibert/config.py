@@ -181,6 +181,14 @@ class RunConfig:
         "of matrix products; weights and losses stay float32",
         choices=("float32", "bfloat16"),
     )
+    ops: str = setting(
+        "fused",
+        "attention and losses: plain formulas, or the same functions lean in memory and time",
+        choices=("fused", "plain"),
+    )
+    compile: bool = setting(
+        False, "torch.compile both models (needs a C++ compiler)", action="store_true"
+    )
     eval_every: int = setting(1000, "updates between evaluations", type=number(int, 1))
     eval_documents: int = setting(500, "held-out documents of an evaluation", type=number(int, 1))
     save_every: int = setting(1000, "updates between checkpoints", type=number(int, 1))
@@ -191,6 +199,7 @@ class RunConfig:
     # moved, but what is in them must be the same (its hashes tell).
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
         "teacher", "model", "data", "out", "resume", "steps", "micro_batch_tokens", "device",
+        "ops", "compile",
         "eval_every", "eval_documents", "save_every", "log_every", "keep",
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from and to Hugging Face's.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from minibert.data.tokenizer import TOKENIZER_FILES
 from minibert.errors import InputError
 from minibert.files import atomic_folder, read_json, write_json
 from minibert.model import BertForMaskedLM, BertModel
-from minibert.ops import plain
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -117,14 +116,14 @@ def read_folder(folder: Path) -> ModelFolder:
     return ModelFolder(model_class, config, tensors, metadata)
 
 
-def load_model(folder: Path, attention: Callable[..., Tensor] = plain.attention) -> BertModel:
+def load_model(folder: Path) -> BertModel:
     """Read a model folder: a `BertForMaskedLM`, or a `BertModel` where it has no head.
 
     Weights become float32, in memory of their own. Raises InputError as `read_folder` does.
     """
     model_class, config, tensors, _ = read_folder(folder)
     with torch.device("meta"):
-        model = model_class(config, attention)
+        model = model_class(config)
     model.load_state_dict(
         {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}, assign=True
     )

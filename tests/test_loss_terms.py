@@ -19,10 +19,11 @@ B, S = 6, 19  # S: max_length of the toy run
 LENGTHS = torch.tensor([19, 3, 11, 7, 2, 15])
 
 
-@pytest.fixture
-def world(toy_run):
+@pytest.fixture(params=["plain", "fused"])
+def world(toy_run, request):
     """Student (4 -> 2 layers, perturbed), teacher and settings, all in float64, dropout off."""
     corpus = Corpus.open(toy_run.data)
+    toy_run = dataclasses.replace(toy_run, ops=request.param)
     student, teacher, run = train.build_models(toy_run, corpus, torch.device("cpu"))
     student, teacher = student.double().eval(), teacher.double()
     torch.manual_seed(8)
@@ -81,19 +82,19 @@ def published_terms(student, teacher, micro_batch: MicroBatch) -> tuple[torch.Te
 
 def test_terms_and_gradients_are_the_published_ones(world, batch):
     student, teacher, run = world
-    weights = (run.mlm_weight, run.hidden_weight, run.attention_weight, run.output_weight)
-    assert weights == (1, 3, 3, 5)
+    ours = train.loss_terms(student, teacher, batch.micro_batches[0], batch, run)
+    mlm, hidden, attention, output = theirs = published_terms(
+        student, teacher, batch.micro_batches[0]
+    )
     gradients = []
-    for terms in (
-        train.loss_terms(student, teacher, batch.micro_batches[0], batch, run),
-        published_terms(student, teacher, batch.micro_batches[0]),
+    for loss in (
+        ours.vocabulary_loss + 3 * ours.hidden_loss.sum() + 3 * ours.attention_loss.sum(),
+        1 * mlm + 3 * hidden.sum() + 3 * attention.sum() + 5 * output,
     ):
         student.zero_grad()
-        sum(w * term.sum() for w, term in zip(weights, terms, strict=True)).backward()
+        loss.backward()
         gradients.append([parameter.grad.clone() for parameter in student.parameters()])
-        if len(gradients) == 1:
-            ours = terms
-    for our_term, their_term in zip(ours, terms, strict=True):
+    for our_term, their_term in zip(ours[1:], theirs, strict=True):
         torch.testing.assert_close(our_term, their_term, rtol=1e-8, atol=1e-12)
     for our_gradient, their_gradient in zip(*gradients, strict=True):
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-6, atol=1e-10)
@@ -102,7 +103,7 @@ def test_terms_and_gradients_are_the_published_ones(world, batch):
 def test_every_parameter_gets_a_gradient(world, batch):
     student, teacher, run = world
     terms = train.loss_terms(student, teacher, batch.micro_batches[0], batch, run)
-    sum(term.sum() for term in terms).backward()
+    (terms.vocabulary_loss + terms.hidden_loss.sum() + terms.attention_loss.sum()).backward()
     for name, parameter in student.named_parameters():
         # Softmax does not see a key's bias, which adds the same to a whole row of scores.
         assert parameter.grad is not None, name
@@ -155,11 +156,9 @@ def test_maps_are_compared_before_dropout(world, batch):
     micro_batch = batch.micro_batches[0]
     still = train.loss_terms(student, teacher, micro_batch, batch, run)
     student.train()
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    student.embeddings.hidden_dropout = 0.0
     for layer in student.layers:
-        layer.attention_dropout = 0.5
+        layer.hidden_dropout, layer.attention_dropout = 0.0, 0.5
     dropped = train.loss_terms(student, teacher, micro_batch, batch, run)
     assert dropped.attention_loss[0] == still.attention_loss[0]
     assert dropped.hidden_loss[0] != still.hidden_loss[0]

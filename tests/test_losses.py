@@ -1,4 +1,4 @@
-"""Each loss term equals its definition, written out with loops in float64."""
+"""Each loss term, plain and fused, equals its definition, written out with loops in float64."""
 
 import math
 
@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from minibert.ops import plain
+from minibert.ops import fused, plain
 
 B, S, N, D, H, V, M = 3, 11, 2, 5, 7, 31, 13
 LENGTHS = [11, 4, 8]
+
+
+@pytest.fixture(params=[plain, fused], ids=["plain", "fused"])
+def ops(request):
+    return request.param
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def attention_row(query: torch.Tensor, keys: torch.Tensor) -> list[float]:
     return softmax([float(query @ key) / math.sqrt(len(query)) for key in keys])
 
 
-def test_attention_map_loss(maps, mask):
+def test_attention_map_loss(ops, maps, mask):
     student_query, student_key, teacher_query, teacher_key = maps
     expected = 0.0
     for b, length in enumerate(LENGTHS):
@@ -65,22 +70,22 @@ def test_attention_map_loss(maps, mask):
                 student = attention_row(student_query[b, n, i], student_key[b, n, :length])
                 teacher = attention_row(teacher_query[b, n, i], teacher_key[b, n, :length])
                 expected += kl(teacher, student)
-    assert plain.attention_map_loss(*maps, mask).item() == pytest.approx(expected, rel=1e-12)
+    assert ops.attention_map_loss(*maps, mask).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_hidden_state_loss(mask):
+def test_hidden_state_loss(ops, mask):
     student, teacher = normal(B, S, H, seed=11), normal(B, S, H, seed=12)
     expected = 0.0
     for b, length in enumerate(LENGTHS):
         for i in range(length):
             dot = float(student[b, i] @ teacher[b, i])
             expected += 1 - dot / float(student[b, i].norm() * teacher[b, i].norm())
-    loss = plain.hidden_state_loss(student, teacher, mask)
+    loss = ops.hidden_state_loss(student, teacher, mask)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_vocabulary_loss(heads, labels, temperature):
+def test_vocabulary_loss(ops, heads, labels, temperature):
     student_head, student_decoder, student_bias, teacher_head, teacher_decoder, teacher_bias = heads
     student_logits = student_head @ student_decoder.T + student_bias
     teacher_logits = teacher_head @ teacher_decoder.T + teacher_bias
@@ -90,46 +95,51 @@ def test_vocabulary_loss(heads, labels, temperature):
         student = softmax((student_logits[m] / temperature).tolist())
         teacher = softmax((teacher_logits[m] / temperature).tolist())
         output_expected += kl(teacher, student) * temperature**2
-    mlm_sum, output_sum = plain.vocabulary_loss(*heads, labels, temperature)
+    weights = (2.0, 3.0)
+    loss, mlm_sum, output_sum = ops.vocabulary_loss(*heads, labels, temperature, *weights)
+    assert loss.item() == pytest.approx(2 * mlm_expected + 3 * output_expected, rel=1e-12)
     assert mlm_sum.item() == pytest.approx(mlm_expected, rel=1e-12)
     assert output_sum.item() == pytest.approx(output_expected, rel=1e-12)
 
 
-def test_an_ignored_row_counts_for_neither_loss(heads, labels):
+def test_an_ignored_row_counts_for_neither_loss(ops, heads, labels):
     kept = [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12]
     ignored = labels.clone()
     ignored[[3, 9]] = plain.IGNORED_LABEL
     student_head, student_decoder, student_bias, teacher_head, *teacher = heads
-    whole = plain.vocabulary_loss(*heads, ignored, 2.0)
+    whole = ops.vocabulary_loss(*heads, ignored, 2.0)
     student = (student_head[kept], student_decoder, student_bias)
-    part = plain.vocabulary_loss(*student, teacher_head[kept], *teacher, labels[kept], 2.0)
+    part = ops.vocabulary_loss(*student, teacher_head[kept], *teacher, labels[kept], 2.0)
     torch.testing.assert_close(whole, part)
 
 
-def test_without_a_teacher_only_the_labels_count(heads, labels):
-    mlm_sum, output_sum = plain.vocabulary_loss(*heads[:3], None, None, None, labels)
-    assert mlm_sum == plain.vocabulary_loss(*heads, labels)[0]
+def test_without_a_teacher_only_the_labels_count(ops, heads, labels):
+    loss, mlm_sum, output_sum = ops.vocabulary_loss(
+        *heads[:3], None, None, None, labels, mlm_weight=3.0
+    )
+    assert loss == 3 * mlm_sum
+    assert mlm_sum == ops.vocabulary_loss(*heads, labels)[1]
     assert output_sum == 0
 
 
-def test_no_masked_position_gives_zero(heads, labels):
+def test_no_masked_position_gives_zero(ops, heads, labels):
     student_head, student_decoder, student_bias, teacher_head, *teacher = heads
     student = (student_head[:0].requires_grad_(), student_decoder, student_bias)
-    sums = plain.vocabulary_loss(*student, teacher_head[:0], *teacher, labels[:0])
+    sums = ops.vocabulary_loss(*student, teacher_head[:0], *teacher, labels[:0])
     assert sum(sums) == 0
-    sum(sums).backward()
+    sums[0].backward()
 
 
-def test_identical_models_differ_by_nothing(maps, heads, labels, mask):
+def test_identical_models_differ_by_nothing(ops, maps, heads, labels, mask):
     student_query, student_key, *_ = maps
     same_maps = (student_query, student_key) * 2
     hidden = normal(B, S, H, seed=13)
-    assert plain.attention_map_loss(*same_maps, mask).item() == pytest.approx(0, abs=1e-12)
-    assert plain.hidden_state_loss(hidden, hidden, mask).item() == pytest.approx(0, abs=1e-12)
-    assert plain.vocabulary_loss(*heads[:3], *heads[:3], labels)[1].item() == 0
+    assert ops.attention_map_loss(*same_maps, mask).item() == pytest.approx(0, abs=1e-12)
+    assert ops.hidden_state_loss(hidden, hidden, mask).item() == pytest.approx(0, abs=1e-12)
+    assert ops.vocabulary_loss(*heads[:3], *heads[:3], labels)[2].item() == 0
 
 
-def test_padding_changes_nothing(maps, mask):
+def test_padding_changes_nothing(ops, maps, mask):
     """Longer padding, and whatever stands in it: same values, and no gradient there."""
     hidden = normal(B, S, H, seed=14), normal(B, S, H, seed=15)
     wider = torch.cat([mask, torch.zeros(B, 4, dtype=torch.long)], dim=1)
@@ -140,10 +150,10 @@ def test_padding_changes_nothing(maps, mask):
     padded_hidden = [
         torch.cat([part, 50 * normal(B, 4, H, seed=17)], dim=1).requires_grad_() for part in hidden
     ]
-    map_loss = plain.attention_map_loss(*padded_maps, wider)
-    hidden_loss = plain.hidden_state_loss(*padded_hidden, wider)
-    torch.testing.assert_close(map_loss, plain.attention_map_loss(*maps, mask))
-    torch.testing.assert_close(hidden_loss, plain.hidden_state_loss(*hidden, mask))
+    map_loss = ops.attention_map_loss(*padded_maps, wider)
+    hidden_loss = ops.hidden_state_loss(*padded_hidden, wider)
+    torch.testing.assert_close(map_loss, ops.attention_map_loss(*maps, mask))
+    torch.testing.assert_close(hidden_loss, ops.hidden_state_loss(*hidden, mask))
     (map_loss + hidden_loss).backward()
     padding = wider == 0
     assert not padded_hidden[0].grad[padding].any()
@@ -151,20 +161,20 @@ def test_padding_changes_nothing(maps, mask):
     assert not padded_maps[1].grad.transpose(1, 2)[padding].any()
 
 
-def test_the_gradients_are_right(maps, heads, labels, mask):
+def test_the_gradients_are_right(ops, maps, heads, labels, mask):
     hidden = normal(B, S, H, seed=18), normal(B, S, H, seed=19)
     for part in (*maps[:2], *heads[:3], hidden[0]):
         part.requires_grad_()
     teacher = heads[3:]
 
     def map_loss(query, key):
-        return plain.attention_map_loss(query, key, *maps[2:], mask)
+        return ops.attention_map_loss(query, key, *maps[2:], mask)
 
     def vocabulary_losses(*student):
-        return plain.vocabulary_loss(*student, *teacher, labels, 2.0)
+        return ops.vocabulary_loss(*student, *teacher, labels, 2.0, 0.7, 1.3)[0]
 
     def hidden_loss(student):
-        return plain.hidden_state_loss(student, hidden[1], mask)
+        return ops.hidden_state_loss(student, hidden[1], mask)
 
     assert torch.autograd.gradcheck(map_loss, maps[:2])
     assert torch.autograd.gradcheck(vocabulary_losses, heads[:3])
@@ -172,18 +182,18 @@ def test_the_gradients_are_right(maps, heads, labels, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_are_float32_whatever_comes_in(maps, heads, labels, mask, dtype):
+def test_sums_are_float32_whatever_comes_in(ops, maps, heads, labels, mask, dtype):
     maps, heads = ([part.to(dtype) for part in parts] for parts in (maps, heads))
     hidden = normal(B, S, H, seed=20).to(dtype)
     sums = [
-        plain.attention_map_loss(*maps, mask),
-        plain.hidden_state_loss(hidden, hidden.flip(0), mask),
-        *plain.vocabulary_loss(*heads, labels),
+        ops.attention_map_loss(*maps, mask),
+        ops.hidden_state_loss(hidden, hidden.flip(0), mask),
+        *ops.vocabulary_loss(*heads, labels),
     ]
     assert all(value.dtype == torch.float32 and value.shape == () for value in sums)
 
 
-def test_the_published_definitions(maps, heads, labels, mask):
+def test_the_published_definitions(ops, maps, heads, labels, mask):
     """The four terms as the authors' script forms them (no dropout, batch padded to S).
 
     It takes the mean over all elements of the maps of real rows, the mean cosine loss over real
@@ -196,17 +206,17 @@ def test_the_published_definitions(maps, heads, labels, mask):
     rows = real[:, None, :, None].expand(B, N, S, S)
     student, teacher = (torch.masked_select(p, rows).view(-1, S) + 1e-12 for p in probs)
     published = nn.functional.kl_div(student.log(), teacher, reduction="none").mean()
-    ours = plain.attention_map_loss(*maps, mask) / (mask.sum() * N * S)
+    ours = ops.attention_map_loss(*maps, mask) / (mask.sum() * N * S)
     torch.testing.assert_close(ours, published, rtol=1e-8, atol=0)
 
     hidden = normal(B, S, H, seed=21), normal(B, S, H, seed=22)
     target = torch.ones(int(mask.sum()))
     published = nn.CosineEmbeddingLoss()(hidden[0][real], hidden[1][real], target)
-    ours = plain.hidden_state_loss(*hidden, mask) / mask.sum()
+    ours = ops.hidden_state_loss(*hidden, mask) / mask.sum()
     torch.testing.assert_close(ours, published, rtol=1e-8, atol=0)
 
     logits = [nn.functional.linear(*part) for part in (heads[:3], heads[3:])]
-    mlm_sum, output_sum = plain.vocabulary_loss(*heads, labels, 2.0)
+    _, mlm_sum, output_sum = ops.vocabulary_loss(*heads, labels, 2.0)
     torch.testing.assert_close(mlm_sum / M, nn.CrossEntropyLoss()(logits[0], labels))
     published = 4 * nn.KLDivLoss(reduction="batchmean")(
         (logits[0] / 2).log_softmax(-1), (logits[1] / 2).softmax(-1)

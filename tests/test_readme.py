@@ -48,10 +48,10 @@ def test_every_flag_exists():
 def test_the_flags_of_train_are_frozen():
     """Whoever adds, renames or removes a flag changes this line, and the README where it counts."""
     assert sorted(FLAGS) == [
-        "--attention-weight", "--batch-size", "--data", "--device", "--dtype", "--eval-documents",
-        "--eval-every", "--hidden-weight", "--keep", "--learning-rate", "--log-every",
-        "--max-length", "--micro-batch-tokens", "--mlm-weight", "--model", "--out",
-        "--output-weight", "--recipe", "--resume", "--save-every", "--seed", "--steps",
+        "--attention-weight", "--batch-size", "--compile", "--data", "--device", "--dtype",
+        "--eval-documents", "--eval-every", "--hidden-weight", "--keep", "--learning-rate",
+        "--log-every", "--max-length", "--micro-batch-tokens", "--mlm-weight", "--model", "--ops",
+        "--out", "--output-weight", "--recipe", "--resume", "--save-every", "--seed", "--steps",
         "--teacher", "--teacher-layers", "--temperature", "--warmup-steps", "--weight-decay",
     ]  # fmt: skip
 

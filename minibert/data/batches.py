@@ -8,12 +8,14 @@ does not change with the budget.
 Shapes: B sequences of a micro-batch, S its longest sequence, M its masked positions.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from minibert.data.corpus import Corpus
 from minibert.errors import InputError
@@ -35,8 +37,8 @@ class MicroBatch(NamedTuple):
     labels: Tensor  # (M,) int64, the original ids there
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
-        return MicroBatch(*(tensor.to(device) for tensor in self))
+        """The same on another device; from pinned memory, without waiting for the copy."""
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class GlobalBatch(NamedTuple):
@@ -102,6 +104,26 @@ class Batches:
             num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
             num_masked=sum(int(sequence.masked.sum()) for sequence in sequences),
         )
+
+    def ahead(self, steps: range, pinned: bool) -> Iterator[GlobalBatch]:
+        """The global batches of `steps`, built by a process of their own while others are used.
+
+        pinned: in memory that a GPU copies from by itself.
+        """
+        loader = DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=1, pin_memory=pinned
+        )  # fmt: skip
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+    def __getitem__(self, step: int) -> GlobalBatch | InputError:
+        """As `at`; an error is handed over, since the loader would wrap it in a traceback."""
+        try:
+            return self.at(step)
+        except InputError as error:
+            return error
 
     def held_out(self, num_documents: int) -> list[MicroBatch]:
         """Some held-out documents, evenly spread, with masks that depend on `max_length` alone."""

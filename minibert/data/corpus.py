@@ -14,7 +14,7 @@ are read, and in whatever order.
 import hashlib
 import shutil
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -179,6 +179,10 @@ class Corpus:
             )
         tokens = np.memmap(folder / TOKENS, dtype, mode="r")
         return cls(folder, meta, tokenizer, np.asarray(tokens), np.asarray(offsets))
+
+    def __reduce__(self) -> tuple[Callable[[Path], "Corpus"], tuple[Path]]:
+        """Another process opens the folder itself rather than being sent the tokens."""
+        return Corpus.open, (self.folder,)
 
     def tokens(self, document: int) -> np.ndarray:
         """(length,) ids of a document, uint16 or uint32, read-only, without special tokens."""

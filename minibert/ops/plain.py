@@ -23,7 +23,6 @@ def attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tens
     """
     query, key = _at_least_float32(query), _at_least_float32(key)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, N, S, S)
-    scores = _at_least_float32(scores)  # autocast may have rounded the product
     padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, S)
     return scores.masked_fill(padding, torch.finfo(scores.dtype).min)
 
@@ -41,6 +40,11 @@ def attention(
     return attention_probs @ value  # (B, N, S, D)
 
 
+def dropout(values: Tensor, probability: float) -> Tensor:
+    """Zero each value with `probability`, scale the rest up so that the expectation stays."""
+    return F.dropout(values, probability)
+
+
 def vocabulary_loss(
     student_head: Tensor,
     student_decoder: Tensor,
@@ -50,27 +54,33 @@ def vocabulary_loss(
     teacher_bias: Tensor | None,
     labels: Tensor,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    mlm_weight: float = 1.0,
+    output_weight: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses over the vocabulary: cross-entropy with the labels, KL from the teacher.
 
+        loss       = mlm_weight mlm_sum + output_weight output_sum
         mlm_sum    = sum_m -log p_s(label_m)
         output_sum = T^2 sum_m sum_v p_t(v) (log p_t(v) - log p_s(v)),   p = softmax(logits / T)
 
     heads (M, H) are the MLM heads' outputs at the masked positions, decoders (V, H), biases (V,),
     labels (M,) the original ids or -100 for a row that does not count. Without a teacher (None)
     output_sum is 0. T^2 keeps the size of the gradient (Hinton et al. 2015, section 2).
-    Returns two scalars.
+
+    Returns three scalars: the loss, and the two sums for the log, without gradient. Who knows the
+    weights beforehand can form the one gradient of both together with the value (`fused.py`).
     """
     student_logits = _logits(student_head, student_decoder, student_bias)  # (M, V)
     mlm_sum = F.cross_entropy(student_logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     if teacher_head is None:
-        return mlm_sum, torch.zeros_like(mlm_sum)
+        return mlm_weight * mlm_sum, mlm_sum.detach(), torch.zeros_like(mlm_sum)
     teacher_logits = _logits(teacher_head, teacher_decoder, teacher_bias)  # (M, V)
     student_log_probs = (student_logits / temperature).log_softmax(dim=-1)  # (M, V)
     teacher_log_probs = (teacher_logits / temperature).log_softmax(dim=-1)  # (M, V)
     kl = (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(dim=-1)  # (M,)
     output_sum = kl[labels != IGNORED_LABEL].sum() * temperature**2
-    return mlm_sum, output_sum
+    loss = mlm_weight * mlm_sum + output_weight * output_sum
+    return loss, mlm_sum.detach(), output_sum.detach()
 
 
 def _logits(head: Tensor, decoder: Tensor, bias: Tensor) -> Tensor:

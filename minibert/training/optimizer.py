@@ -10,14 +10,15 @@ LARGEST_GRAD_NORM = 1.0  # the gradient is scaled down to this norm where it is 
 def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices alone.
 
-    Biases and LayerNorm, the parameters of one dimension, do not decay.
+    Biases and LayerNorm, the parameters of one dimension, do not decay. `fused`: one pass over
+    each parameter and its moments.
     """
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=True)
 
 
 def learning_rate_at(step: int, steps: int, warmup_steps: int, highest: float) -> float:

@@ -1,0 +1,181 @@
+"""The operations that `losses.py` measures, what each is called with, and at which sizes.
+
+Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minibert.ops import fused, plain
+
+N, D, H, BIOBERT_V = 12, 64, 768, 28_996
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """The arguments of a call; tensors of the student ask for their gradients."""
+
+    arguments: list[Any]
+    upstream: Tensor | None = None  # None: the value is a scalar
+
+
+def normal(like: Tensor, *shape: int, scale: float = 1.0, learns: bool = False) -> Tensor:
+    """Drawn in place, so that making it takes no memory beyond its own."""
+    return like.new_empty(shape).normal_(0, scale).requires_grad_(learns)
+
+
+def heads(like: Tensor, B: int, S: int, learns: bool = False) -> Tensor:
+    """(B, N, S, D) as a model has it: a view of (B, S, N, D)."""
+    return normal(like, B, S, N, D).transpose(1, 2).requires_grad_(learns)
+
+
+def no_padding(like: Tensor, B: int, S: int) -> Tensor:
+    """An attention_mask (B, S)."""
+    return torch.ones(B, S, dtype=torch.long, device=like.device)
+
+
+def for_vocabulary_loss(like: Tensor, M: int, V: int) -> Call:
+    student, teacher = (
+        [
+            normal(like, M, H, learns=learns),
+            normal(like, V, H, scale=0.05, learns=learns),  # logits are some 1.4
+            normal(like, V, scale=0.1, learns=learns),
+        ]
+        for learns in (True, False)
+    )
+    labels = torch.randint(V, (M,), device=like.device)
+    return Call([*student, *teacher, labels, 1.0, 1.0, 5.0])
+
+
+def for_attention_map_loss(like: Tensor, B: int, S: int) -> Call:
+    maps = [heads(like, B, S, learns) for learns in (True, True, False, False)]
+    return Call([*maps, no_padding(like, B, S)])
+
+
+def for_hidden_state_loss(like: Tensor, B: int, S: int) -> Call:
+    student, teacher = (normal(like, B, S, H, learns=learns) for learns in (True, False))
+    return Call([student, teacher, no_padding(like, B, S)])
+
+
+def for_attention(like: Tensor, B: int, S: int, probability: float = 0.0) -> Call:
+    parts = [heads(like, B, S, learns=True) for _ in range(3)]
+    return Call([*parts, no_padding(like, B, S), probability], upstream=heads(like, B, S))
+
+
+def for_attention_with_dropout(like: Tensor, B: int, S: int) -> Call:
+    return for_attention(like, B, S, probability=0.1)
+
+
+def for_dropout(like: Tensor, B: int, S: int) -> Call:
+    return Call([normal(like, B, S, H, learns=True), 0.1], upstream=normal(like, B, S, H))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of `plain.py` and `fused.py`."""
+
+    name: str
+    plain: Callable[..., Any]
+    fused: Callable[..., Any]
+    inputs: Callable[..., Call]  # of a tensor like theirs, and the sizes
+    has_maps: bool = False  # plain's largest tensors are (B, N, S, S)
+    has_kernels: bool = False
+    is_random: bool = False
+
+
+VOCABULARY_LOSS = Operation(
+    "vocabulary_loss",
+    plain.vocabulary_loss,
+    fused.vocabulary_loss,
+    for_vocabulary_loss,
+    has_kernels=True,
+)
+ATTENTION_MAP_LOSS = Operation(
+    "attention_map_loss",
+    plain.attention_map_loss,
+    fused.attention_map_loss,
+    for_attention_map_loss,
+    has_maps=True,
+    has_kernels=True,
+)
+HIDDEN_STATE_LOSS = Operation(
+    "hidden_state_loss", plain.hidden_state_loss, fused.hidden_state_loss, for_hidden_state_loss
+)
+ATTENTION = Operation("attention", plain.attention, fused.attention, for_attention, has_maps=True)
+ATTENTION_WITH_DROPOUT = Operation(
+    "attention with dropout",
+    plain.attention,
+    fused.attention,
+    for_attention_with_dropout,
+    has_maps=True,
+    is_random=True,
+)
+DROPOUT = Operation("dropout", plain.dropout, fused.dropout, for_dropout, is_random=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at a size."""
+
+    operation: Operation
+    sizes: dict[str, int]  # by letter
+    dtype: torch.dtype
+
+    def call(self, device: torch.device) -> Call:
+        """The same numbers each time."""
+        torch.manual_seed(0)
+        return self.operation.inputs(torch.empty(0, dtype=self.dtype, device=device), **self.sizes)
+
+    def plain_bytes(self) -> int:
+        """What maps or logits take in plain, roughly: five tensors in float64, for the truth."""
+        elements = math.prod(self.sizes.values())
+        if self.operation.has_maps:
+            elements *= N * self.sizes["S"]
+        return 5 * 8 * elements
+
+
+def of_both_dtypes(operation: Operation, **sizes: int) -> list[Case]:
+    return [Case(operation, sizes, dtype) for dtype in DTYPES]
+
+
+def quick_cases() -> list[Case]:
+    """A glance at each operation."""
+    cases = []
+    for M, V in ((0, BIOBERT_V), (32, BIOBERT_V), (32, 4096)):
+        cases += of_both_dtypes(VOCABULARY_LOSS, M=M, V=V)
+    for S in (64, 256):
+        cases += of_both_dtypes(ATTENTION_MAP_LOSS, B=1, S=S)
+    for operation in (HIDDEN_STATE_LOSS, ATTENTION, ATTENTION_WITH_DROPOUT, DROPOUT):
+        cases += of_both_dtypes(operation, B=1, S=256)
+    return cases
+
+
+def all_cases() -> list[Case]:
+    """How each operation grows with its sizes."""
+    cases = []
+    for M in (0, 32, 256, 1024):
+        cases += of_both_dtypes(VOCABULARY_LOSS, M=M, V=BIOBERT_V)
+    for V in (4096, 16_384, 65_536):
+        cases += of_both_dtypes(VOCABULARY_LOSS, M=256, V=V)
+    for S in (64, 256, 512, 1024, 2048, 4096):
+        cases += of_both_dtypes(ATTENTION_MAP_LOSS, B=1, S=S)
+    for S in (64, 256, 1024, 2048):
+        for operation in (ATTENTION, ATTENTION_WITH_DROPOUT):
+            cases += of_both_dtypes(operation, B=1, S=S)
+    for operation in (HIDDEN_STATE_LOSS, DROPOUT):
+        cases += of_both_dtypes(operation, B=8, S=256)
+    return cases
+
+
+def cases_of_a_step(B: int, S: int) -> list[Case]:
+    """The sizes of a micro-batch, an eighth of whose positions are masked: M."""
+    cases = of_both_dtypes(ATTENTION_MAP_LOSS, B=B, S=S)
+    cases += of_both_dtypes(VOCABULARY_LOSS, M=B * S // 8, V=BIOBERT_V)
+    for operation in (HIDDEN_STATE_LOSS, ATTENTION, ATTENTION_WITH_DROPOUT, DROPOUT):
+        cases += of_both_dtypes(operation, B=B, S=S)
+    return cases

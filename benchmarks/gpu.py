@@ -1,0 +1,145 @@
+"""Everything there is to measure on a GPU, in one call of less than eight minutes.
+
+    python benchmarks/gpu.py --out gpu.json
+
+1. Every Triton kernel is held to the plain formula in float64 (correctness.py). If one is wrong,
+   that is said, and nothing is timed.
+2. The operations one by one, first at the sizes of a step (losses.py).
+3. Whole updates, ours beside the authors' way (step.py).
+
+What there is no time for is skipped and named. After every part the file holds what is known. Needs
+CUDA, Triton, and `pip install "minibert[bench]"` for the authors' side.
+"""
+
+import tempfile
+import time
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+import losses
+import step
+import torch
+from cases import all_cases, cases_of_a_step
+from machine import circumstances, give_memory_back, installed, tell
+from variants import BF16, Variant, choose, ours
+from workload import BIOBERT, Work, write_random_corpus
+
+from minibert.config import number
+from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.files import write_json
+from minibert.training.device import set_up_device
+
+LOSSES_END, STEP_END = 190, 440  # seconds from the beginning
+ROUNDS, WARMUP = 4, 2
+LENGTH = 256
+STEPS_OF_THE_PAPER = 100_000
+
+
+class Report:
+    """What is known so far, in a file."""
+
+    def __init__(self, path: Path, known: dict[str, Any]):
+        self.path = path
+        self.known = known | {"skipped": []}
+        self.began = time.monotonic()
+
+    def add(self, **known: Any) -> None:
+        self.known |= known | {"seconds": self.age()}
+        write_json(self.path, self.known)
+
+    def skip(self, what: str) -> None:
+        tell(f"skipped: {what}")
+        self.known["skipped"].append(what)
+
+    def age(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.began
+
+
+def check_kernels(report: Report, device: torch.device) -> None:
+    """Part 1."""
+    from correctness import check_all  # here: it imports Triton
+
+    tell("1. correctness")
+    rows = list(check_all(device))
+    report.add(correctness=rows)
+    wrong = [row for row in rows if not row["right"]]
+    for row in wrong:
+        tell(f"wrong: {row['what']}: error {row['error']:.1e}, plain {row['plain_error']:.1e}")
+    if wrong:
+        raise SystemExit(f"{len(wrong)} of {len(rows)} results of the kernels are wrong")
+    print(f"all {len(rows)} values and gradients of the kernels are right")
+
+
+def measure_losses(report: Report, batch: int, device: torch.device) -> None:
+    """Part 2."""
+    tell("2. operations")
+    print(losses.HEADING)
+    rows = []
+    for case in cases_of_a_step(batch, LENGTH) + all_cases():
+        if report.age() > LOSSES_END:
+            report.skip(f"{case.operation.name} {case.sizes} {case.dtype}")
+            continue
+        for row in losses.measure(case, device):
+            rows.append(row)
+            print(losses.told(row), flush=True)
+        report.add(losses=rows)
+    give_memory_back()
+
+
+def measure_step(
+    report: Report, variants: list[Variant], batch: int, data: Path, device: torch.device
+) -> None:
+    """Part 3."""
+    tell("3. updates")
+    precision = torch.get_float32_matmul_precision()
+    work = Work(BIOBERT, data, batch, LENGTH, batch * LENGTH, device, precision)
+    limit = max(0, STEP_END - report.age())
+    measured = step.measure(work, variants, ROUNDS, WARMUP, limit)
+    print(step.table(measured))
+    rate = measured["matrix_gflops"]["bfloat16"]
+    print(f"\n{'':44}{'TFLOP/s':>9}{'of bfloat16 rate':>18}{'hours of 100,000 steps':>24}")
+    for name, row in measured["variants"].items():
+        done = len(row.get("seconds", ()))
+        if done < ROUNDS:
+            report.skip(f"{name}: {ROUNDS - done} of {ROUNDS} rounds ({row['failure']})")
+        if done == 0:
+            continue
+        row["share_of_bfloat16_rate"] = share = row["useful_gflops"] / rate
+        row["projected_hours"] = hours = row["median_seconds"] * STEPS_OF_THE_PAPER / 3600
+        print(f"{name:44}{row['useful_gflops'] / 1e3:9,.1f}{share:18.0%}{hours:24.2f}")
+    report.add(step=measured)
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python benchmarks/gpu.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--data", metavar="CORPUS", type=Path, help="corpus folder (else random)")
+    parser.add_argument(
+        "--batch", type=number(int, 4), default=192, help=f"sequences of {LENGTH} tokens (192)"
+    )
+    flags = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise InputError("gpu.py needs a CUDA device; step.py and losses.py run without")
+    if not installed("triton"):
+        raise InputError("gpu.py needs Triton, which the kernels are written in")
+    device = set_up_device("cuda")
+    quarter = {"micro_batch_tokens": flags.batch * LENGTH // 4}
+    in_four = ours("ours bfloat16, four micro-batches", BF16, tuned=True, settings=quarter)
+    variants = [*choose(None, device), in_four]
+    report = Report(flags.out, circumstances("gpu", device))
+    check_kernels(report, device)
+    measure_losses(report, flags.batch, device)
+    with tempfile.TemporaryDirectory() as folder:
+        data = flags.data or write_random_corpus(Path(folder), BIOBERT.vocab_size)
+        measure_step(report, variants, flags.batch, data, device)
+    print(f"{report.age():.0f} s; everything is in {flags.out}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

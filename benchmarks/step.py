@@ -1,0 +1,307 @@
+"""What one update costs: ours beside the authors' way, in BioBERT's shape.
+
+    python benchmarks/step.py                          random text, on any machine
+    python benchmarks/step.py --data CORPUS            the documents of a prepared corpus
+    python benchmarks/step.py --variants "authors float32" "ours bfloat16"
+
+Every variant has a process of its own, so that its peak memory is its own. The processes take
+turns and only one computes at a time, so that a machine that is busy for a while is so for all. A
+turn is `--warmup` untimed updates, the timed ones, and a rest, in which free memory goes back to
+the system (two updates later an allocator that keeps memory has it again). Building a batch is not
+timed, moving it to the device is. All variants begin with the same random weights and see the same
+documents and masks.
+
+The authors' side needs `pip install "minibert[bench]"`. Prints a table, then one line of JSON.
+"""
+
+import itertools
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from machine import (
+    MATRIX_KINDS,
+    allocator,
+    circumstances,
+    give_memory_back,
+    matrix_rates,
+    medium_error,
+    peak_of_process,
+    synchronize,
+    tell,
+)
+from torch import Tensor
+from variants import Variant, authors_side, choose, our_side
+from workload import BIOBERT, Work, work_of, write_random_corpus
+
+from minibert.config import RunConfig, number
+from minibert.data.batches import GlobalBatch, MicroBatch
+from minibert.data.corpus import Corpus
+from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.evaluate import check_fit
+from minibert.training.device import set_up_device
+
+REFERENCE = "authors float32"  # the first variant where it is not among them
+TIMED_UPDATES = {"cpu": 1, "cuda": 5}  # of a turn
+
+
+# In the process of a variant.
+
+
+def serve(pipe: Connection, work: Work, variant: Variant) -> None:
+    """Make a side, say which float32 products it has, and then take turns.
+
+    A question is (untimed, timed), the numbers of a turn's batches; the answer what was measured.
+    """
+    if variant.medium:
+        torch.set_float32_matmul_precision("medium")
+    batches, update = (our_side if variant.ours else authors_side)(work, variant)
+    pipe.send(torch.get_float32_matmul_precision())
+    while True:
+        untimed, timed = pipe.recv()
+        for step in untimed:
+            one_update(update, batches.at(step), step, work.device)
+        updates = [one_update(update, batches.at(step), step, work.device) for step in timed]
+        give_memory_back()
+        seconds, page_faults, losses = zip(*updates, strict=True)
+        on_gpu = work.device.type == "cuda"  # there, of tensors alone
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
+        pipe.send(
+            {
+                "seconds": mean(seconds),
+                "page_faults": mean(page_faults),
+                "loss": losses[-1],
+                "peak_mb": peak / 1e6,
+            }
+        )
+
+
+def one_update(
+    update: Callable[[GlobalBatch], Tensor], batch: GlobalBatch, step: int, device: torch.device
+) -> tuple[float, int, float]:
+    """Seconds, page faults and loss of one update."""
+    torch.manual_seed(step)
+    if device.type == "cuda":  # as a DataLoader would have it: copied without waiting
+        pinned = [MicroBatch(*(t.pin_memory() for t in part)) for part in batch.micro_batches]
+        batch = batch._replace(micro_batches=pinned)
+    synchronize(device)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    start = time.perf_counter()
+    loss = update(batch)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return seconds, faults, loss.item()
+
+
+# In the process that asks.
+
+
+class Child:
+    """A variant in a process of its own."""
+
+    def __init__(self, work: Work, variant: Variant):
+        context = multiprocessing.get_context("spawn")
+        self.variant = variant
+        self.precision: str | None = None  # of float32 products, told when it is ready
+        self.turns: list[dict[str, float]] = []
+        self.failure: str | None = None
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, work, variant), daemon=True)
+        with allocator(variant.environment):
+            self.process.start()
+        theirs.close()
+
+    def get_ready(self, seconds: float | None) -> str:
+        """Wait for it; returns what to tell."""
+        self.precision = self._answer(seconds)
+        return self.failure or "ready"
+
+    def take_turn(self, untimed: Sequence[int], timed: Sequence[int], seconds: float | None) -> str:
+        """Let it compute while all others wait; returns what to tell."""
+        measured = self._answer(seconds, question=(untimed, timed))
+        if measured is None:
+            return self.failure
+        self.turns.append(measured)
+        return f"{measured['seconds']:.3f} s an update, {measured['peak_mb']:,.0f} MB"
+
+    def _answer(self, seconds: float | None, question: Any = None) -> Any:
+        """What the child says within so many seconds (None: any); None where it fails instead."""
+        try:
+            if question is not None:
+                self.pipe.send(question)
+            if self.pipe.poll(seconds):
+                return self.pipe.recv()
+            self.failure = "no time was left"
+            self.end()  # the others compute alone
+        except (EOFError, ConnectionError):
+            self.process.join()
+            killed = ", killed (often for want of memory)" if self.process.exitcode == -9 else ""
+            self.failure = f"its process ended with status {self.process.exitcode}{killed}"
+        return None
+
+    def end(self) -> None:
+        """Let the process go."""
+        self.process.terminate()
+        self.process.join()
+
+
+def measure(
+    work: Work, variants: Sequence[Variant], rounds: int, warmup: int, limit: float | None = None
+) -> dict[str, Any]:
+    """Let the variants take turns; returns what was measured, as JSON holds it.
+
+    After `limit` seconds, where there is one, no turn goes on and no other begins.
+    """
+    end = None if limit is None else time.monotonic() + limit
+    H, I = work.config.hidden_size, work.config.intermediate_size
+    batches = work.batches(micro_batch_tokens=1)
+    children = [Child(work, variant) for variant in variants]
+    for child in children:
+        tell(f"{child.variant.name}: {child.get_ready(left(end))}")
+    steps = itertools.count()
+    rates, tokens, flops = [], [], []
+    for turn in range(rounds):
+        if left(end) == 0:
+            break
+        rates.append(matrix_rates(H, I, work.device))
+        untimed = list(itertools.islice(steps, warmup))
+        timed = list(itertools.islice(steps, TIMED_UPDATES[work.device.type]))
+        counts = [work_of(work.config, batches.at(step)) for step in timed]
+        tokens.append(mean(count for count, _ in counts))
+        flops.append(mean(count for _, count in counts))
+        for child in children:
+            if child.failure is None:
+                told = child.take_turn(untimed, timed, left(end))
+                tell(f"round {turn + 1}/{rounds}, {child.variant.name}: {told}")
+    for child in children:
+        child.end()
+    best_rates = {kind: max((rate[kind] for rate in rates), default=0) for kind in MATRIX_KINDS}
+    names = [child.variant.name for child in children]
+    reference = children[names.index(REFERENCE) if REFERENCE in names else 0]
+    return {
+        "reference": reference.variant.name,
+        "tokens": tokens,
+        "useful_gflop": [count / 1e9 for count in flops],
+        "matrix_gflops": {kind: rate / 1e9 for kind, rate in best_rates.items()},
+        "medium_error": medium_error(H, I, work.device),
+        "variants": {
+            child.variant.name: summary(child, reference, tokens, flops, best_rates)
+            for child in children
+        },
+    }
+
+
+def left(end: float | None) -> float | None:
+    """Seconds until then, 0 at least; None where there is no end."""
+    return None if end is None else max(0.0, end - time.monotonic())
+
+
+def summary(
+    child: Child,
+    reference: Child,
+    tokens: Sequence[float],
+    flops: Sequence[float],
+    rates: dict[str, float],
+) -> dict[str, Any]:
+    """What is told of one variant; medians are over the rounds it did (which are the first)."""
+    variant = child.variant
+    told = {
+        "dtype": variant.dtype,
+        "allocator": "keeps memory" if variant.tuned else "stock",
+        "environment": variant.environment,
+        "float32_matmul_precision": child.precision,
+        "settings": variant.settings,
+        "failure": child.failure,
+    }
+    if not child.turns:
+        return told | {"failure": child.failure or "no time was left"}
+    seconds = [turn["seconds"] for turn in child.turns]
+    references = [turn["seconds"] for turn in reference.turns]
+    rate = median(count / each for count, each in zip(flops, seconds, strict=False))
+    ratios = [their / our for their, our in zip(references, seconds, strict=False)]
+    medium = variant.dtype == "float32" and child.precision == "medium"
+    kind = "float32 medium" if medium else variant.dtype
+    return told | {
+        "seconds": seconds,
+        "median_seconds": median(seconds),
+        "times_as_fast_as_reference": median(ratios) if ratios else None,
+        "tokens_per_second": median(
+            count / each for count, each in zip(tokens, seconds, strict=False)
+        ),
+        "peak_mb": child.turns[-1]["peak_mb"],
+        "useful_gflops": rate / 1e9,
+        "share_of_matrix_rate": rate / rates[kind],
+        "page_faults": median(turn["page_faults"] for turn in child.turns),
+        "last_loss": child.turns[-1]["loss"],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """For people."""
+    rates, error = report["matrix_gflops"], report["medium_error"]
+    lines = [
+        "matrix rate, GFLOP/s: " + ", ".join(f"{kind} {rate:,.0f}" for kind, rate in rates.items()),
+        f"relative error of float32 products under 'medium': {error:.1e}, "
+        + ("still float32" if error < 1e-5 else "no longer float32"),
+        "",
+        f"{'':44}{'s/update':>9}{'min - max':>17}{'ratio':>7}{'tokens/s':>11}{'peak MB':>9}"
+        f"{'GFLOP/s':>10}{'share':>7}",
+    ]
+    for name, row in report["variants"].items():
+        if "seconds" not in row:
+            lines.append(f"{name:44}{row['failure']}")
+            continue
+        seconds, ratio = row["seconds"], row["times_as_fast_as_reference"]
+        lines.append(
+            f"{name:44}{row['median_seconds']:9.3f}{min(seconds):9.3f} - {max(seconds):.3f}"
+            f"{'' if ratio is None else f'{ratio:.2f}':>7}{row['tokens_per_second']:11,.0f}"
+            f"{row['peak_mb']:9,.0f}{row['useful_gflops']:10,.0f}"
+            f"{row['share_of_matrix_rate']:7.0%}  {row['failure'] or ''}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python benchmarks/step.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    count, tokens = number(int, 1), RunConfig.micro_batch_tokens
+    parser.add_argument("--data", metavar="CORPUS", type=Path, help="corpus folder (else random)")
+    parser.add_argument("--variants", metavar="NAME", nargs="+", help="these alone, by name")
+    parser.add_argument("--batch", type=count, default=8, help="sequences of an update (8)")
+    parser.add_argument("--length", type=number(int, 3), default=256, help="tokens of one (256)")
+    parser.add_argument(
+        "--micro-batch-tokens", type=count, default=tokens, help=f"ours, as in train.py ({tokens})"
+    )
+    parser.add_argument("--rounds", type=count, default=5, help="turns of every variant (5)")
+    parser.add_argument("--warmup", type=count, default=2, help="untimed updates of a turn (2)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flags = parser.parse_args()
+    device = set_up_device(flags.device)
+    variants = choose(flags.variants, device)
+    if flags.length > BIOBERT.max_position_embeddings:
+        raise InputError(f"--length {flags.length}: BERT has {BIOBERT.max_position_embeddings}")
+    with tempfile.TemporaryDirectory() as folder:
+        data = flags.data or write_random_corpus(Path(folder), BIOBERT.vocab_size)
+        check_fit(Path("BioBERT"), BIOBERT, Corpus.open(data), flags.length)
+        sizes = (flags.batch, flags.length, flags.micro_batch_tokens)
+        work = Work(BIOBERT, data, *sizes, device, torch.get_float32_matmul_precision())
+        report = measure(work, variants, flags.rounds, flags.warmup)
+    print(table(report))
+    print(json.dumps(circumstances("step", device) | report))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

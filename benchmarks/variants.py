@@ -1,0 +1,163 @@
+"""The ways to do an update: ours, and the authors', with several settings of each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import TUNED_ALLOCATOR, installed
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from workload import Work, random_models
+
+import train
+from minibert.config import RunConfig
+from minibert.data.batches import Batches, GlobalBatch
+from minibert.errors import InputError
+from minibert.model import BertForMaskedLM
+from minibert.training.device import set_up_device
+from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do an update."""
+
+    name: str
+    dtype: str = "float32"
+    tuned: bool = False  # the allocator keeps memory (ours: train.py itself sees to it)
+    medium: bool = False  # theirs: set_float32_matmul_precision("medium"), on a CPU oneDNN
+    best: bool = False  # the authors' way at its best, see authors.build
+    ours: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)  # ours: other than train.py's defaults
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What glibc reads when the variant's process starts."""
+        return TUNED_ALLOCATOR if self.tuned and not self.ours else {}
+
+
+ours = partial(Variant, ours=True)
+BF16, PLAIN, COMPILE = "bfloat16", {"ops": "plain"}, {"compile": True}
+ON_CPU = [
+    Variant("authors float32"),  # as a user gets it
+    Variant("authors float32, tuned allocator", tuned=True),
+    Variant("authors float32, oneDNN", tuned=True, medium=True),
+    Variant("authors bfloat16", BF16, tuned=True),
+    ours("ours float32", tuned=True),  # as a user gets it
+    ours("ours float32, stock allocator"),
+    ours("ours bfloat16", BF16, tuned=True),
+    ours("ours bfloat16, stock allocator", BF16),
+]
+ON_CPU_IF_ASKED = [
+    Variant("authors bfloat16, stock allocator", BF16),
+    Variant("authors best", BF16, tuned=True, best=True),
+    ours("ours float32, plain ops", tuned=True, settings=PLAIN),
+    ours("ours float32, plain ops, stock allocator", settings=PLAIN),
+    ours("ours bfloat16, plain ops", BF16, tuned=True, settings=PLAIN),
+    ours("ours bfloat16, plain ops, stock allocator", BF16, settings=PLAIN),
+    ours("ours bfloat16, compiled", BF16, tuned=True, settings=COMPILE),
+]
+ON_CUDA = [
+    Variant("authors float32"),
+    Variant("authors bfloat16", BF16),
+    Variant("authors best", BF16, best=True),
+    ours("ours float32", tuned=True),
+    ours("ours bfloat16", BF16, tuned=True),
+    ours("ours bfloat16, compiled", BF16, tuned=True, settings=COMPILE),
+]
+ON_CUDA_IF_ASKED = [ours("ours bfloat16, plain ops", BF16, tuned=True, settings=PLAIN)]
+
+
+def choose(names: Sequence[str] | None, device: torch.device) -> list[Variant]:
+    """The variants of these names, in the order of the tables above; None: the usual ones."""
+    usual, if_asked = (
+        (ON_CPU, ON_CPU_IF_ASKED) if device.type == "cpu" else (ON_CUDA, ON_CUDA_IF_ASKED)
+    )
+    known = [variant.name for variant in usual + if_asked]
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"--variants {name!r}; on this device: {'; '.join(known)}")
+    chosen = usual if names is None else [v for v in usual + if_asked if v.name in names]
+    if not all(v.ours for v in chosen) and not installed("transformers"):
+        raise InputError('the authors\' side needs transformers: pip install "minibert[bench]"')
+    return chosen
+
+
+# The two sides. Each makes its models and returns its batches and the update.
+Side = tuple[Batches, Callable[[GlobalBatch], Tensor]]
+
+
+def our_side(work: Work, variant: Variant) -> Side:
+    """Models, batches and update as in train.py."""
+    if variant.tuned:
+        set_up_device(work.device.type)  # which keeps freed memory, and chooses float32 products
+    else:
+        torch.set_float32_matmul_precision(work.precision)
+    student, teacher, layers = random_models(work.config)
+    settings = {"micro_batch_tokens": work.micro_batch_tokens} | variant.settings
+    run = RunConfig(
+        teacher=Path("random"),
+        data=work.data,
+        out=Path("none"),
+        batch_size=work.batch_size,
+        max_length=work.max_length,
+        teacher_layers=layers,
+        device=work.device.type,
+        dtype=variant.dtype,
+        **settings,
+    ).resolved()
+    student, teacher = student.to(work.device), teacher.to(work.device)
+    optimizer = build_optimizer(student, run.weight_decay)
+    learner, guide = train.forward_passes(student, teacher, run)
+
+    def update(batch: GlobalBatch) -> Tensor:
+        assert not teacher.training  # it stays in memory, as in a run, for evaluations
+        return our_update(student, learner, guide, optimizer, run, work.device, batch)
+
+    return work.batches(run.micro_batch_tokens), update
+
+
+def our_update(
+    student: BertForMaskedLM,
+    learner: BertForMaskedLM,
+    guide: BertForMaskedLM,
+    optimizer: torch.optim.Optimizer,
+    run: RunConfig,
+    device: torch.device,
+    batch: GlobalBatch,
+) -> Tensor:
+    """One update of train.py's loop; returns the loss, a scalar."""
+    student.train()
+    total = torch.zeros((), device=device)
+    for micro_batch in batch.micro_batches:
+        terms = train.loss_terms(learner, guide, micro_batch.to(device), batch, run)
+        loss = (
+            terms.vocabulary_loss
+            + run.hidden_weight * terms.hidden_loss.sum()
+            + run.attention_weight * terms.attention_loss.sum()
+        )
+        loss.backward()
+        total += loss.detach()
+    clip_grad_norm_(student.parameters(), LARGEST_GRAD_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = run.learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def authors_side(work: Work, variant: Variant) -> Side:
+    """The authors' way: the whole batch at once, padded to its longest text."""
+    import authors  # here: without it, and without transformers, our side still runs
+
+    student, teacher, layers = random_models(work.config)
+    way, optimizer = authors.build(student, teacher, layers, work.device, variant.best)
+
+    def update(batch: GlobalBatch) -> Tensor:
+        (padded,) = batch.micro_batches
+        return authors.update(way, optimizer, padded.to(work.device), variant.dtype)
+
+    return work.batches(micro_batch_tokens=work.batch_size * work.max_length), update

@@ -1,0 +1,160 @@
+"""The benchmark compares equal work, counts it rightly, and tells it as JSON."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TOY_CONFIG
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from minibert.config import RunConfig
+
+pytest.importorskip("transformers", reason="the authors' side is made of transformers models")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import authors
+import step
+from machine import TUNED_ALLOCATOR
+from variants import Variant
+from workload import random_models, useful_flops, write_random_corpus
+
+STILL = dataclasses.replace(TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture
+def work(toy_world) -> step.Work:
+    """Five documents of at most 19 tokens an update, our side in several micro-batches."""
+    return step.Work(STILL, toy_world / "corpus", 5, 19, 40, torch.device("cpu"), "highest")
+
+
+def both_sides(work: step.Work, best: bool = False):
+    """Our terms and the authors' on one padded batch."""
+    student, teacher, layers = random_models(work.config)
+    torch.manual_seed(8)
+    with torch.no_grad():  # biases and LayerNorm begin as constants, the student as the teacher
+        for parameter in (*student.parameters(), *teacher.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    whole = work.batches(work.batch_size * work.max_length).at(0)
+    (padded,) = whole.micro_batches
+    run = RunConfig(
+        teacher=work.data,
+        data=work.data,
+        out=work.data,
+        teacher_layers=layers,
+        max_length=padded.input_ids.shape[1],  # what their map loss is divided by
+    ).resolved()
+    way, _ = authors.build(student, teacher, layers, work.device, best)
+    way.train()
+    labels = authors.labels_of(padded)
+    ours = train.loss_terms(student, teacher, padded, whole, run)
+    return ours, way(padded.input_ids, padded.attention_mask, labels), way
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_without_dropout_both_sides_compute_the_same_terms(work, best):
+    ours, theirs, _ = both_sides(work, best)
+    for name in authors.Terms._fields:
+        assert getattr(ours, name).abs().min() > 1e-4
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=0, msg=name
+        )
+
+
+def test_at_its_best_the_teacher_hands_out_the_compared_maps_alone(work):
+    _, _, way = both_sides(work, best=True)
+    ids = torch.tensor([[5, 6, 7]])
+    assert len(way.teacher(ids, output_attentions=True).attentions) == 2
+    assert len(way.student(ids, output_attentions=True).attentions) == 2
+    assert way.teacher.training  # as in the authors' scripts
+
+
+def test_the_map_loss_by_hand():
+    """The second query is padding; the mean is over one row of two columns."""
+    student_map = torch.tensor([[[[0.5, 0.5], [0.9, 0.1]]]])
+    teacher_map = torch.tensor([[[[0.25, 0.75], [0.3, 0.7]]]])
+    found = authors.map_loss(student_map, teacher_map, torch.tensor([[True, False]]))
+    by_hand = (0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)) / 2
+    assert found.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_useful_flops_are_those_of_models_without_padding():
+    student, teacher, layers = random_models(STILL)
+    lengths, masked_at = [13, 7, 5], [[1, 4, 5], [2], [1, 3]]
+    with FlopCounterMode(display=False) as counter:
+        for length, masked in zip(lengths, masked_at, strict=True):
+            input_ids = torch.full((1, length), 7)
+            where = (input_ids, torch.ones_like(input_ids), None, torch.tensor(masked))
+            with torch.no_grad():
+                taught = teacher(*where)
+            learnt = student(*where)
+            student_logits = student.logits(learnt.head_output)
+            assert student_logits.shape == teacher.logits(taught.head_output).shape
+            student_logits.sum().backward()
+    assert useful_flops(STILL, len(layers), lengths, 6) == counter.get_total_flops()
+
+
+def test_all_variants_take_their_turns(monkeypatch, capfd):
+    monkeypatch.setattr(step, "BIOBERT", STILL)
+    names = ["authors bfloat16", "ours bfloat16"]
+    sizes = ["--batch", "5", "--length", "19", "--rounds", "2", "--warmup", "1"]
+    flags = [*sizes, "--device", "cpu", "--variants", *names]
+    monkeypatch.setattr(sys, "argv", ["step.py", *flags])
+    before = dict(os.environ)
+    assert step.run_command(step.main) == 0
+    assert dict(os.environ) == before
+    told = capfd.readouterr().out
+    report = json.loads(told.splitlines()[-1])
+    assert all(name in told for name in names)
+    assert list(report["variants"]) == names
+    assert report["reference"] == "authors bfloat16"  # the first, where float32 is not asked for
+    theirs, ours = report["variants"].values()
+    for row in (theirs, ours):
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        assert row["peak_mb"] > 50 and 0 < row["last_loss"] < 1000
+        assert row["useful_gflops"] > 0 and row["tokens_per_second"] > 0
+    assert theirs["times_as_fast_as_reference"] == 1
+    assert theirs["environment"] == TUNED_ALLOCATOR and ours["environment"] == {}
+
+
+@pytest.mark.slow
+def test_a_variant_that_dies_does_not_take_the_others_along(work):
+    broken = Variant("broken", ours=True, settings={"no such setting": 1})
+    alive = Variant("ours float32", ours=True)
+    report = step.measure(work, [broken, alive], rounds=1, warmup=1)
+    assert "status 1" in report["variants"]["broken"]["failure"]
+    assert report["variants"]["ours float32"]["times_as_fast_as_reference"] is None
+    assert "status 1" in step.table(report)
+
+
+def test_when_the_time_is_over_no_turn_begins(work):
+    report = step.measure(work, [Variant("ours float32", ours=True)], rounds=1, warmup=0, limit=0)
+    assert report["variants"]["ours float32"]["failure"] == "no time was left"
+    assert "no time was left" in step.table(report)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--variants", "mine"], "'mine'"),
+        (["--device", "cuda"], "CUDA"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--length", "513"], "513"),
+    ],
+)
+def test_bad_input_is_one_line(flags, named, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["step.py", *flags])
+    assert step.run_command(step.main) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and named in error
+
+
+def test_random_text_is_as_long_as_it_says(tmp_path):
+    corpus = step.Corpus.open(write_random_corpus(tmp_path, vocab_size=99))
+    lengths = [min(256, len(corpus.tokens(number)) + 2) for number in range(corpus.num_training)]
+    assert len(lengths) == 4096
+    assert 208 < sum(lengths) / len(lengths) < 214

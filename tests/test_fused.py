@@ -1,0 +1,262 @@
+"""Fused operations err no more than plain ones of the same precision, against float64.
+
+Values and gradients, at awkward sizes, with tiles so small that each function goes over several.
+The values that the definitions give stand in test_losses.py, for both.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minibert.ops import fused, plain
+
+B, S, N, D, H, V, M = 3, 13, 2, 6, 10, 37, 17
+PRECISIONS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative, half a unit at least
+MASKS = {
+    "ends": [[1] * 13, [1] * 5 + [0] * 8, [1] * 9 + [0] * 4],
+    "holes": [[1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0], [0] * 12 + [1], [1] * 13],
+    "nothing": [[0] * 13, [1] + [0] * 12, [1] * 13],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(fused, "IN_CACHE", 40)
+    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 4 * V)
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def outcome(function, inputs: list[Tensor], num_student: int, upstream: float) -> list[Tensor]:
+    """The function's value (or its first) and the gradients of the student's inputs, in float64."""
+    inputs = [part.detach().clone() for part in inputs]
+    student = [part.requires_grad_() for part in inputs[:num_student]]
+    values = function(*inputs)
+    values = values if isinstance(values, tuple) else (values,)
+    (upstream * values[0]).sum().backward()
+    assert all(part.grad.dtype == part.dtype for part in student)
+    return [part.detach().double() for part in (*values, *(part.grad for part in student))]
+
+
+def assert_no_worse_than_plain(name, inputs, num_student, dtype, upstream=0.7, slack=1, **settings):
+    """Three ways: plain in float64 is the truth that plain and fused in `dtype` are held to."""
+    rounded = [part.to(dtype) if part.is_floating_point() else part for part in inputs]
+    exact = [part.double() if part.is_floating_point() else part for part in rounded]
+    outcomes = []
+    for ops, arguments in ((plain, exact), (plain, rounded), (fused, rounded)):
+
+        def function(*arguments, ops=ops):
+            return getattr(ops, name)(*arguments, **settings)
+
+        outcomes.append(outcome(function, arguments, num_student, upstream))
+    for truth, by_plain, by_fused in zip(*outcomes, strict=True):
+        size = truth.norm() + 1e-6
+        plain_error, fused_error = ((o - truth).norm() / size for o in (by_plain, by_fused))
+        assert fused_error <= plain_error + slack * PRECISIONS[dtype]
+
+
+def queries_and_keys() -> list[Tensor]:
+    """Of student and teacher, (B, N, S, D) seen through (B, S, N, D); the teacher's are larger."""
+    parts = [normal(B, S, N, D + 3 * (seed > 1), seed=seed) for seed in range(4)]
+    return [part.transpose(1, 2) for part in parts]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_map_loss(mask, dtype):
+    inputs = [*queries_and_keys(), torch.tensor(mask)]
+    assert_no_worse_than_plain("attention_map_loss", inputs, 2, dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_attention_map_loss_of_maps_that_are_close(dtype):
+    """Where the student is nearly the teacher, the gradient is a small difference."""
+    query, key, *_ = queries_and_keys()
+    close = [part + normal(*part.shape, seed=9, scale=0.02) for part in (query, key)]
+    inputs = [query, key, *close, torch.tensor(MASKS["ends"])]
+    # Relative to a difference of 2 %, float32's 6e-8 is 3e-6.
+    slack = 5 if dtype == torch.float32 else 1
+    assert_no_worse_than_plain("attention_map_loss", inputs, 2, dtype, slack=slack)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_hidden_state_loss(mask, dtype):
+    inputs = [normal(B, S, H, seed=11), normal(B, S, H, seed=12), torch.tensor(mask)]
+    assert_no_worse_than_plain("hidden_state_loss", inputs, 1, dtype)
+
+
+def vocabulary_inputs(num_rows: int) -> list[Tensor]:
+    """Heads, decoders and biases of student and teacher, of different widths, and labels."""
+    inputs = []
+    for seed, width in ((13, H), (16, H + 3)):
+        inputs += [normal(num_rows, width, seed=seed), normal(V, width, seed=seed + 1)]
+        inputs += [normal(V, seed=seed + 2)]
+    labels = torch.randint(0, V, (num_rows,), generator=torch.Generator().manual_seed(19))
+    return [*inputs, labels]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("ignored", [[], [0, 5, 16], range(16), range(17)], ids=len)
+def test_vocabulary_loss(ignored, temperature, dtype):
+    inputs = vocabulary_inputs(M)
+    inputs[-1][list(ignored)] = plain.IGNORED_LABEL
+    settings = {"temperature": temperature, "mlm_weight": 0.3, "output_weight": 1.7}
+    # A tile's logits are bfloat16 where the heads are: of size 3, with an error of 2^-9 each.
+    settings["slack"] = 4 if dtype == torch.bfloat16 else 1
+    for upstream in (1.0, 0.7):
+        assert_no_worse_than_plain("vocabulary_loss", inputs, 3, dtype, upstream, **settings)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 4, 5])
+def test_vocabulary_loss_of_few_rows(num_rows):
+    assert_no_worse_than_plain("vocabulary_loss", vocabulary_inputs(num_rows), 3, torch.float32)
+
+
+def test_the_decoder_may_be_more_precise_than_the_heads():
+    """As in a bfloat16 run: float32 weights, and a float32 gradient for them."""
+    head, decoder, bias, *teacher, labels = vocabulary_inputs(M)
+    student = head.bfloat16(), decoder.float().requires_grad_(), bias.float().requires_grad_()
+    teacher = [part.bfloat16() for part in teacher]
+    loss, *_ = fused.vocabulary_loss(*student, *teacher, labels)
+    loss.backward()
+    expected, *_ = plain.vocabulary_loss(head, decoder.requires_grad_(), bias, *teacher, labels)
+    expected.backward()
+    assert student[1].grad.dtype == torch.float32
+    error = (student[1].grad.double() - decoder.grad).norm() / decoder.grad.norm()
+    assert error < 0.02
+
+
+def test_attention_without_dropout():
+    inputs = [*queries_and_keys()[:2], normal(B, S, N, D, seed=21).transpose(1, 2)]
+    for dtype in PRECISIONS:
+        for mask in (MASKS["ends"], MASKS["holes"]):
+            outcomes = []
+            for ops, kind in ((plain, torch.float64), (plain, dtype), (fused, dtype)):
+                real = torch.tensor(mask).bool()[:, None, :, None]
+
+                def function(query, key, value, ops=ops, mask=mask, real=real):
+                    context = ops.attention(query, key, value, torch.tensor(mask), 0.0)
+                    return context * real  # what padding sees is nobody's concern
+
+                rounded = [part.to(dtype).to(kind) for part in inputs]
+                outcomes.append(outcome(function, rounded, 3, 0.7))
+            for truth, by_plain, by_fused in zip(*outcomes, strict=True):
+                plain_error, fused_error = (
+                    (o - truth).norm() / truth.norm() for o in (by_plain, by_fused)
+                )
+                assert fused_error <= plain_error + PRECISIONS[dtype]
+
+
+@pytest.fixture
+def same_dropout(monkeypatch):
+    """Every map keeps the same probabilities: those the returned function gives for (N, n, n)."""
+
+    def kept(shape, probability, dtype):
+        generator = torch.Generator().manual_seed(math.prod(shape))
+        return (torch.rand(shape, generator=generator) >= probability).to(dtype), 1 / (
+            1 - probability
+        )
+
+    monkeypatch.setattr(fused, "_kept", kept)
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_with_dropout(same_dropout, mask, dtype):
+    """One sequence after the other by the formula, with the same probabilities dropped."""
+    dropout, mask = 0.4, torch.tensor(mask)
+    query, key, *_ = queries_and_keys()
+    value = normal(B, S, N, D, seed=22).transpose(1, 2)
+
+    def by_formula(*parts):
+        context = torch.zeros_like(parts[2])
+        for b in range(B):
+            real = mask[b].bool()
+            q, k, v = (part[b][:, real] for part in parts)
+            probs = (q @ k.transpose(1, 2) / math.sqrt(D)).softmax(-1)
+            kept, scale = same_dropout(probs.shape, dropout, probs.dtype)
+            context[b][:, real] = (probs * kept * scale) @ v
+        return context
+
+    def by_fused(*parts):
+        return fused.attention(*parts, mask, dropout)
+
+    rounded = [part.to(dtype) for part in (query, key, value)]
+    truth = outcome(by_formula, [part.double() for part in rounded], 3, 0.7)
+    ours = outcome(by_fused, rounded, 3, 0.7)
+    for expected, found in zip(truth, ours, strict=True):
+        tolerance = 1e-12 if dtype == torch.float64 else 0.02
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_the_written_derivatives_are_the_true_ones(same_dropout, mask):
+    query, key, *teacher = queries_and_keys()
+    mask = torch.tensor(mask)
+    value = normal(B, S, N, D, seed=23).transpose(1, 2)
+    for part in (query, key, value):
+        part.requires_grad_()
+    hidden, target = normal(B, S, H, seed=24).requires_grad_(), normal(B, S, H, seed=25)
+    assert torch.autograd.gradcheck(
+        lambda q, k: fused.attention_map_loss(q, k, *teacher, mask), (query, key)
+    )
+    assert torch.autograd.gradcheck(lambda s: fused.hidden_state_loss(s, target, mask), (hidden,))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: fused.attention(q, k, v, mask, 0.3), (query, key, value), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_derivative_of_the_vocabulary_loss_is_the_true_one(temperature):
+    *student, teacher_head, teacher_decoder, teacher_bias, labels = vocabulary_inputs(7)
+    labels[3] = plain.IGNORED_LABEL
+    for part in student:
+        part.requires_grad_()
+    teacher = teacher_head, teacher_decoder, teacher_bias
+    assert torch.autograd.gradcheck(
+        lambda *s: fused.vocabulary_loss(*s, *teacher, labels, temperature, 0.4, 1.9)[0], student
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.001, 0.9), st.integers(1, 3), st.integers(0, 2**31))
+def test_dropout_drops_its_share_and_keeps_the_mean(probability, odd, seed):
+    torch.manual_seed(seed)
+    values = torch.ones(101, 200 + odd, requires_grad=True)
+    dropped = fused.dropout(values, probability)
+    zeros = (dropped == 0).double().mean().item()
+    deviation = math.sqrt(probability * (1 - probability) / values.numel())
+    assert abs(zeros - probability) < 5 * deviation + 2**-16
+    assert len(dropped.unique()) <= 2
+    assert abs(dropped.max().item() * (1 - probability) - 1) < 2**-14 / (1 - probability)
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped)  # the same mask, the same factor
+
+
+def test_dropped_values_are_independent_of_their_neighbours():
+    """Four decisions come from one draw: all pairs of the four are dropped together p^2 often."""
+    torch.manual_seed(3)
+    dropped = (fused.dropout(torch.ones(40_000, 4), 0.25) == 0).double()
+    together = dropped.T @ dropped / len(dropped)  # (4, 4)
+    expected = torch.full((4, 4), 0.0625).fill_diagonal_(0.25)
+    torch.testing.assert_close(together, expected.double(), atol=0.009, rtol=0)
+
+
+def test_a_seed_gives_the_same_dropout_again_and_another_does_not():
+    values = torch.ones(1_000)
+    masks = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        masks.append(fused.dropout(values, 0.5))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
