@@ -34,7 +34,7 @@ from minibert.prepare import prepare
 from minibert.progress import counted
 from minibert.student import every_second_layer, student_from_teacher
 from minibert.training.checkpoint import enter_run_folder, load_newest, save_checkpoint
-from minibert.training.device import set_up_device
+from minibert.training.device import release_freed_memory, set_up_device
 from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer, learning_rate_at
 from minibert.training.runlog import RunLog
 
@@ -83,6 +83,8 @@ def train(run: RunConfig) -> None:
         # What is told and kept after that many updates.
         done = step + 1
         log.tokens += batch.num_tokens
+        if done % 10 == 0:
+            release_freed_memory()
         tell, compare, keep = (
             done % every == 0 or done == run.steps
             for every in (run.log_every, run.eval_every, run.save_every)

@@ -216,6 +216,41 @@ def doubles(rows):
     return [None if part is None else part.double() for part in numbers] + [labels]
 
 
+class TestCosineRows:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("m", "H"), [(7, 24), (5, 768), (1, 37)])
+    def test_loss_and_gradient(self, m, H, dtype):
+        student, teacher = (normal(m, H, seed=seed).to(dtype) for seed in (40, 41))
+        real = (torch.arange(m) % 3 != 1).long()
+        truths = []
+        for kind in (torch.float64, dtype):
+            rows = student.detach().to(kind).requires_grad_()
+            loss = plain.hidden_state_loss(rows[None], teacher.to(kind)[None], real[None])
+            truths.append([loss.detach(), *torch.autograd.grad(loss, rows)])
+        student[1:2], teacher[1:2] = float("nan"), float("nan")  # padding, where there is any
+        gradient = torch.empty_like(student, device=DEVICE)
+        inputs = (part.to(DEVICE) for part in (student, teacher))
+        losses = kernels.cosine_rows(*inputs, gradient, real.to(DEVICE))
+        assert not losses[1:2].any() and not gradient[1:2].any()
+        for ours, plains, truth in zip((losses.sum(), gradient), truths[1], truths[0], strict=True):
+            assert_no_worse(ours, plains, truth, 1e-6)
+
+    def test_a_vector_of_nothing_has_a_finite_gradient(self):
+        student, teacher = torch.zeros(2, 24), normal(2, 24, seed=42).float()
+        gradient = torch.empty(2, 24, device=DEVICE)
+        inputs = (part.to(DEVICE) for part in (student, teacher))
+        losses = kernels.cosine_rows(*inputs, gradient, torch.ones(2, device=DEVICE).long())
+        assert losses.tolist() == [1, 1]
+        assert gradient.isfinite().all()
+
+    def test_no_row(self):
+        nothing = torch.empty(0, 24, device=DEVICE)
+        real = torch.empty(0, device=DEVICE).long()
+        assert kernels.cosine_rows(nothing, nothing, nothing, real).shape == (0,)
+
+
 class TestVocabularyRows:
     __test__ = RUNS_HERE
 
@@ -300,6 +335,20 @@ class TestFusedByKernels:
             loss = ops.attention_map_loss(*student, *teacher, mask)
             (0.7 * loss).backward()
             results.append([loss.detach(), *(part.grad for part in student)])
+        for truth, ours in zip(*results, strict=True):
+            assert distance(ours, truth.cpu()) < 3e-6
+
+    def test_hidden_state_loss(self):
+        student, teacher = (normal(B, 9, 26, seed=seed) for seed in (30, 31))
+        mask = mask_of(9, [range(9)], [range(4)]).to(DEVICE)
+        results = []
+        for ops, dtype in ((plain, torch.float64), (fused, torch.float32)):
+            hidden = student.detach().to(DEVICE, dtype).requires_grad_()
+            with torch.inference_mode():
+                target = teacher.to(DEVICE, dtype) * 1
+            loss = ops.hidden_state_loss(hidden, target, mask)
+            (0.7 * loss).backward()
+            results.append([loss.detach(), hidden.grad])
         for truth, ours in zip(*results, strict=True):
             assert distance(ours, truth.cpu()) < 3e-6
 

@@ -269,3 +269,18 @@ def test_bfloat16_learns_the_same_within_its_precision(still_run, tmp_path):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.03)
         assert theirs["loss"] != ours["loss"]
     assert all(t.dtype == torch.float32 for t in load_model(half.out / "student").parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_models_learn_the_same(still_run, tmp_path, dtype):
+    """Batches of different sizes, so that what was compiled for one must serve or be replaced."""
+    eager = dataclasses.replace(still_run, steps=3, dtype=dtype)
+    compiled = dataclasses.replace(eager, compile=True, out=tmp_path / "compiled")
+    train(eager)
+    train(compiled)
+    for ours, theirs in zip(updates(eager), updates(compiled), strict=True):
+        tolerance = 1e-4 if dtype == "float32" else 0.02
+        for term in ("loss", *TERMS, "grad_norm"):
+            assert ours[term] == pytest.approx(theirs[term], rel=tolerance), term

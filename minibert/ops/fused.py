@@ -5,7 +5,7 @@ tile, so that no whole map or matrix of logits ever exists, and backward only mu
 comes from above. Each derivative stands beside the statement that computes it. Products are of the
 dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
-All is PyTorch; on a GPU with Triton the inner loops of two losses are those of `kernels.py`.
+All is PyTorch; on a GPU with Triton the inner loops of the losses are those of `kernels.py`.
 
 Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions;
 n real tokens of one sequence, r rows of a tile.
@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from minibert.ops.plain import IGNORED_LABEL
+from minibert.ops.plain import IGNORED_LABEL, SHORTEST
 
 KERNELS = True  # False: PyTorch alone, also on a GPU
 LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
 DECODER_AT_ONCE = 2**22  # elements of a decoder that are rounded, or given a gradient, at once
 IN_CACHE = 2**18  # elements that element-wise work goes over at once: 1 MB in float32
+ON_GPU = 2**26  # instead of the last two, where launches cost and no such cache is
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -167,7 +168,7 @@ class _AttentionMapLoss(Function):
             query, key = (part[b][:, real].contiguous() for part in (student_query, student_key))
             n = q_student.shape[1]
             d_query, d_key = torch.empty_like(query), torch.zeros_like(k_student)  # (N, n, D)
-            for rows in _tiles(n, N * n, 4 * IN_CACHE):
+            for rows in _tiles(n, N * n, _at_once(key, 4 * IN_CACHE)):
                 student = _log_map(q_student[:, rows], k_student)  # (N, r, n)
                 teacher = _log_map(q_teacher[:, rows], k_teacher)  # (N, r, n)
                 teacher_probs = teacher.exp()
@@ -187,7 +188,7 @@ class _AttentionMapLoss(Function):
     @once_differentiable
     def backward(ctx, upstream):
         (gradients,) = ctx.saved_tensors
-        return *(gradients * upstream.to(gradients.dtype)), None, None, None
+        return *_scaled(gradients, upstream), None, None, None
 
 
 class _AttentionMapLossByKernels(Function):
@@ -230,23 +231,11 @@ class _HiddenStateLoss(Function):
     @staticmethod
     def forward(ctx, student_hidden, teacher_hidden, attention_mask):
         H = student_hidden.shape[-1]
-        precise = _precise(student_hidden.dtype)
         gradient = torch.empty_like(student_hidden)
-        loss_sum = student_hidden.new_zeros((), dtype=precise)
-        parts = (student_hidden, teacher_hidden, gradient)
-        s_rows, t_rows, d_rows = (part.view(-1, H) for part in parts)  # (B * S, H)
-        is_real = attention_mask.flatten().bool()  # (B * S,)
-        for rows in _tiles(len(is_real), H, IN_CACHE):
-            s, t = s_rows[rows].to(precise), t_rows[rows].to(precise)  # (r, H)
-            real = is_real[rows]  # (r,)
-            squares = (s * s).sum(-1), (t * t).sum(-1)  # (r,)
-            s_square, t_square = (square.clamp_min(EPSILON**2) for square in squares)
-            inverse = (s_square * t_square).rsqrt()  # (r,)
-            cosine = (s * t).sum(-1) * inverse  # (r,)
-            loss_sum += torch.where(real, 1 - cosine, 0).sum()
-            to_student = torch.where(real, cosine / s_square, 0)  # (r,)
-            to_teacher = torch.where(real, inverse, 0)  # (r,)
-            d_rows[rows] = (s * to_student[:, None]).addcmul_(t, to_teacher[:, None], value=-1)
+        kernels = _kernels(student_hidden)
+        cosine_rows = _cosine_rows if kernels is None else kernels.cosine_rows
+        rows = (part.view(-1, H) for part in (student_hidden, teacher_hidden, gradient))  # (B S, H)
+        loss_sum = cosine_rows(*rows, attention_mask.flatten()).sum()
         ctx.save_for_backward(gradient)
         return loss_sum
 
@@ -254,10 +243,26 @@ class _HiddenStateLoss(Function):
     @once_differentiable
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return _scaled(gradient, upstream), None, None
 
 
-EPSILON = 1e-8  # the smallest length of a vector, as in torch's cosine_similarity
+def _cosine_rows(student, teacher, gradient, is_real):
+    """1 - cosine of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled."""
+    precise = _precise(student.dtype)
+    losses = student.new_empty(len(student), dtype=precise)
+    for rows in _tiles(*student.shape, _at_once(student, IN_CACHE)):
+        s, t = student[rows].to(precise), teacher[rows].to(precise)  # (r, H)
+        real = is_real[rows].bool()  # (r,)
+        s_square, t_square = (
+            (part * part).sum(-1).clamp_min(SHORTEST**2) for part in (s, t)
+        )  # (r,)
+        inverse = (s_square * t_square).rsqrt()  # (r,)
+        cosine = (s * t).sum(-1) * inverse  # (r,)
+        losses[rows] = torch.where(real, 1 - cosine, 0)
+        to_student = torch.where(real, cosine / s_square, 0)[:, None]  # (r, 1)
+        to_teacher = torch.where(real, inverse, 0)[:, None]  # (r, 1)
+        gradient[rows] = (s * to_student).addcmul_(t, to_teacher, value=-1)
+    return losses
 
 
 def vocabulary_loss(
@@ -276,18 +281,10 @@ def vocabulary_loss(
 
     The matrix products are of the dtype of the heads: a decoder of another is rounded once.
     """
-    return _VocabularyLoss.apply(
-        student_head,
-        student_decoder,
-        student_bias,
-        teacher_head,
-        teacher_decoder,
-        teacher_bias,
-        labels,
-        temperature,
-        mlm_weight,
-        output_weight,
-    )
+    student = (student_head, student_decoder, student_bias)
+    teacher = (teacher_head, teacher_decoder, teacher_bias)
+    weights = (temperature, mlm_weight, output_weight)
+    return _VocabularyLoss.apply(*student, *teacher, labels, *weights)
 
 
 class _VocabularyLoss(Function):
@@ -305,7 +302,7 @@ class _VocabularyLoss(Function):
         sums = head.new_zeros(2, dtype=precise)  # mlm, output
         kernels = _kernels(head)
         vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
-        columns = list(_tiles(V, decoder.shape[1], DECODER_AT_ONCE))
+        columns = list(_tiles(*decoder.shape, _at_once(decoder, DECODER_AT_ONCE)))
         d_head = torch.zeros_like(head, dtype=precise)
         d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
         for rows in _tiles(len(head), V, LOGITS_AT_ONCE):
@@ -330,7 +327,7 @@ class _VocabularyLoss(Function):
     def backward(ctx, upstream, _mlm, _output):
         gradients = ctx.saved_tensors
         if upstream.is_cuda or upstream != 1:  # on a GPU, asking would wait
-            gradients = [gradient * upstream.to(gradient.dtype) for gradient in gradients]
+            gradients = [_scaled(gradient, upstream) for gradient in gradients]
         return *gradients, *[None] * 7
 
 
@@ -338,7 +335,7 @@ def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
     """head (r, H), decoder (V, H), of which only a part is ever rounded; returns (r, V)."""
     logits = head.new_empty(len(head), len(decoder))
     for part in columns:
-        logits[:, part] = head @ decoder[part].to(head.dtype).T
+        torch.mm(head, decoder[part].to(head.dtype).T, out=logits[:, part])
     return logits
 
 
@@ -350,7 +347,7 @@ def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels,
     counts = (labels != IGNORED_LABEL)[:, None]  # (r, 1)
     labels = labels[:, None].where(counts, 0)  # (r, 1)
     mlm, output = logits.new_zeros(2, r, 1, dtype=precise)
-    for rows in _tiles(r, V, IN_CACHE):
+    for rows in _tiles(r, V, _at_once(logits, IN_CACHE)):
         z = logits[rows] + bias.to(precise)  # (rows, V)
         log_p = z.log_softmax(-1)
         mlm[rows] = -log_p.gather(1, labels[rows])
@@ -380,6 +377,16 @@ def _tiles(num_rows: int, row_size: int, elements: int) -> Iterator[slice]:
     rows_at_once = max(1, elements // max(1, row_size))
     for first in range(0, num_rows, rows_at_once):
         yield slice(first, min(first + rows_at_once, num_rows))
+
+
+def _at_once(tensor: Tensor, elements: int) -> int:
+    """Elements of a tile: so many on a CPU."""
+    return ON_GPU if tensor.is_cuda else elements
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """In upstream's precision: rounded to bfloat16 first, it would be up to 0.4 % off for all."""
+    return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""Triton twins of the losses a GPU spends its time on: attention maps and rows of the vocabulary.
+"""Triton twins of the losses' inner loops: attention maps, hidden states, rows of the vocabulary.
 
-Shapes: B batch, S sequence, N heads, D head size, V vocabulary, m rows of a tile of masked
-positions. Scores exist only as tiles in registers. Sums are float32, and no two programs write to
-one place: the same inputs give the same bits. The tensors lie on the current CUDA device. This
-file is imported only where Triton is installed.
+Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, m rows of a tile. Scores
+exist only as tiles in registers. Sums are float32, and no two programs write to one place: the same
+inputs give the same bits. The tensors lie on the current CUDA device. This file is imported only
+where Triton is installed.
 
 A softmax over tiles keeps the largest score so far and sums relative to it, and rescales the sums
 when a larger one turns up (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., 2205.14135).
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minibert.ops.plain import IGNORED_LABEL
+from minibert.ops.plain import IGNORED_LABEL, SHORTEST
 
 # Queries and keys a tile. With 4 warps the registers of an Ampere or Hopper GPU hold the scores of
 # both models and a sum of gradients, up to D = 128. tl.dot asks for powers of 2 from 16 up.
@@ -240,6 +240,41 @@ def _tile_sizes(student_query: Tensor, teacher_query: Tensor) -> dict[str, int]:
         "D_TILE": triton.next_power_of_2(max(16, student_D, teacher_D)),
         "TILE": FLOAT32_TILE if float32 else HALF_PRECISION_TILE,
     }
+
+
+@triton.jit
+def _cosine_rows_kernel(student, teacher, gradient, is_real, losses, H: tl.constexpr,
+                        TILE: tl.constexpr, SHORTEST_SQUARE: tl.constexpr):  # fmt: skip
+    """One program: one row. With c its cosine: d(1 - c) / ds = c s / |s|^2 - t / (|s| |t|)."""
+    row = tl.program_id(0).to(tl.int64)  # m H may pass 2^31
+    columns = tl.arange(0, TILE)
+    inside = columns < H
+    real = tl.load(is_real + row) != 0
+    places = row * H + columns
+    s = tl.load(student + places, mask=inside & real, other=0.0).to(tl.float32)
+    t = tl.load(teacher + places, mask=inside & real, other=0.0).to(tl.float32)
+    s_square = tl.maximum(tl.sum(s * s, axis=0), SHORTEST_SQUARE)
+    t_square = tl.maximum(tl.sum(t * t, axis=0), SHORTEST_SQUARE)
+    inverse = 1.0 / tl.sqrt(s_square * t_square)
+    cosine = tl.sum(s * t, axis=0) * inverse
+    tl.store(losses + row, tl.where(real, 1.0 - cosine, 0.0))
+    d_student = cosine / s_square * s - inverse * t  # 0 where not real: s and t are
+    tl.store(gradient + places, d_student.to(gradient.dtype.element_ty), mask=inside)
+
+
+def cosine_rows(student: Tensor, teacher: Tensor, gradient: Tensor, is_real: Tensor) -> Tensor:
+    """1 - cosine of each row; its gradient by the student's row is written to `gradient`.
+
+    student, teacher, gradient (m, H), contiguous, float32 or a half precision; is_real (m,). Rows
+    that are not real are not read; their loss and gradient are 0. Returns (m,) in float32.
+    """
+    m, H = student.shape
+    assert student.is_contiguous() and teacher.is_contiguous() and gradient.is_contiguous()
+    losses = student.new_empty(m, dtype=torch.float32)
+    if m > 0:
+        sizes = {"H": H, "TILE": triton.next_power_of_2(H), "SHORTEST_SQUARE": SHORTEST**2}
+        _cosine_rows_kernel[(m,)](student, teacher, gradient, is_real, losses, **sizes)
+    return losses
 
 
 @triton.jit

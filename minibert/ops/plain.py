@@ -14,6 +14,8 @@ from torch import Tensor
 
 IGNORED_LABEL = -100  # a row of labels that no vocabulary loss counts, as in torch's cross_entropy
 
+SHORTEST = 1e-8  # a vector shorter than this counts as so long where it is divided by its length
+
 
 def attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:
     """Scaled dot products, before the softmax (Vaswani et al. 2017, section 3.2.1).
@@ -120,7 +122,7 @@ def hidden_state_loss(
     real = attention_mask.bool()  # (B, S)
     student_rows = _at_least_float32(student_hidden[real])  # (real tokens, H)
     teacher_rows = _at_least_float32(teacher_hidden[real])  # (real tokens, H)
-    return (1 - F.cosine_similarity(student_rows, teacher_rows, dim=-1)).sum()
+    return (1 - F.cosine_similarity(student_rows, teacher_rows, dim=-1, eps=SHORTEST)).sum()
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
