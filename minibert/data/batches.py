@@ -8,9 +8,11 @@ does not change with the budget.
 Shapes: B sequences of a micro-batch, S its longest sequence, M its masked positions.
 """
 
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,20 +112,29 @@ class Batches:
 
         pinned: in memory that a GPU copies from by itself.
         """
-        loader = DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=1, pin_memory=pinned
-        )  # fmt: skip
-        for batch in loader:
+        loader = DataLoader(self, None, sampler=steps, num_workers=1, collate_fn=_as_it_comes)
+        with without_interrupts():  # nor in the worker, ever: Ctrl-C is for us to answer
+            iterator = iter(loader)
+        for batch in iterator:
             if isinstance(batch, InputError):
                 raise batch
-            yield batch
+            tensors = [[torch.from_numpy(array) for array in part] for part in batch.micro_batches]
+            if pinned:
+                tensors = [[tensor.pin_memory() for tensor in part] for part in tensors]
+            yield batch._replace(micro_batches=[MicroBatch(*part) for part in tensors])
 
     def __getitem__(self, step: int) -> GlobalBatch | InputError:
-        """As `at`; an error is handed over, since the loader would wrap it in a traceback."""
+        """As `at`, in what goes from process to process.
+
+        Arrays instead of tensors, each of which would take a file descriptor; an error as a value,
+        since the loader would wrap it in a traceback.
+        """
         try:
-            return self.at(step)
+            batch = self.at(step)
         except InputError as error:
             return error
+        arrays = [[tensor.numpy() for tensor in part] for part in batch.micro_batches]
+        return batch._replace(micro_batches=[MicroBatch(*part) for part in arrays])
 
     def held_out(self, num_documents: int) -> list[MicroBatch]:
         """Some held-out documents, evenly spread, with masks that depend on `max_length` alone."""
@@ -187,6 +198,24 @@ class Batches:
         labels = original_ids.reshape(-1)[masked_positions]  # (M,)
         arrays = (input_ids, attention_mask, masked_positions, labels)
         return MicroBatch(*map(torch.from_numpy, arrays))
+
+
+def _as_it_comes(batch: Any) -> Any:
+    """The loader would make tensors of arrays."""
+    return batch
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end of this; processes begun here never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

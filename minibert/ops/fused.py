@@ -63,7 +63,7 @@ def _kept(shape: torch.Size, probability: float, dtype: torch.dtype) -> tuple[Te
     limits = torch.iinfo(torch.int64)
     count = math.prod(shape)
     draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(limits.min, None)
-    dropped = round(probability * 2**16)  # of 65,536 equally likely numbers
+    dropped = min(round(probability * 2**16), 2**16 - 1)  # of 65,536 equally likely numbers
     kept = torch.empty(shape, dtype=dtype)
     torch.ge(draws.view(torch.int16)[:count].view(shape), dropped - 2**15, out=kept)
     return kept, 2**16 / (2**16 - dropped)
@@ -76,7 +76,8 @@ def attention(
 
     query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
     (B, N, S, D). On a CPU, where torch has no lean attention with dropout, one sequence at a time:
-    its maps stay in the cache, and its padding is not computed (the context there is 0).
+    its maps fit into the cache while they are worked on, and its padding is not computed (the
+    context there is 0). Backward needs two maps of each sequence: B N S^2 values are kept for it.
     """
     if dropout > 0 and not query.is_cuda:
         return _Attention.apply(query, key, value, attention_mask, dropout)
@@ -231,12 +232,14 @@ class _HiddenStateLoss(Function):
     @staticmethod
     def forward(ctx, student_hidden, teacher_hidden, attention_mask):
         H = student_hidden.shape[-1]
-        gradient = torch.empty_like(student_hidden)
-        kernels = _kernels(student_hidden)
+        student, teacher = (
+            part.reshape(-1, H).contiguous() for part in (student_hidden, teacher_hidden)
+        )  # (B S, H)
+        gradient = torch.empty_like(student)
+        kernels = _kernels(student)
         cosine_rows = _cosine_rows if kernels is None else kernels.cosine_rows
-        rows = (part.view(-1, H) for part in (student_hidden, teacher_hidden, gradient))  # (B S, H)
-        loss_sum = cosine_rows(*rows, attention_mask.flatten()).sum()
-        ctx.save_for_backward(gradient)
+        loss_sum = cosine_rows(student, teacher, gradient, attention_mask.flatten()).sum()
+        ctx.save_for_backward(gradient.view(student_hidden.shape))
         return loss_sum
 
     @staticmethod

@@ -1,0 +1,180 @@
+"""Batches built ahead by a process of its own are those of `at`, and that process leaves quietly.
+
+Shapes: B sequences of a micro-batch, S its longest sequence, M its masked positions.
+"""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from minibert.data.batches import Batches, GlobalBatch, MicroBatch
+from minibert.data.corpus import Corpus, CorpusWriter
+from minibert.data.tokenizer import load_tokenizer
+from minibert.errors import InputError
+
+
+def batches_of(folder: Path) -> Batches:
+    return Batches(Corpus.open(folder), max_length=19, micro_batch_tokens=60, batch_size=7, seed=3)
+
+
+def assert_same(ours: GlobalBatch, theirs: GlobalBatch) -> None:
+    assert type(ours) is type(theirs) is GlobalBatch
+    assert ours[1:] == theirs[1:]  # documents, num_tokens, num_masked
+    for one, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+        assert type(one) is type(other) is MicroBatch
+        for part, counterpart in zip(one, other, strict=True):
+            assert part.dtype == counterpart.dtype == torch.int64
+            assert torch.equal(part, counterpart)
+
+
+@pytest.mark.parametrize("steps", [range(11), range(7, 16), range(5, 5)], ids=str)
+def test_every_step_is_the_one_that_at_gives(toy_world, steps):
+    """Two epochs and more, from the beginning, from the middle, and none."""
+    batches = batches_of(toy_world / "corpus")
+    ahead = list(batches.ahead(steps, pinned=False))
+    assert len(ahead) == len(steps)
+    for step, batch in zip(steps, ahead, strict=True):
+        assert_same(batch, batches.at(step))
+
+
+def test_a_process_that_begins_anew_builds_the_same(toy_world):
+    """Where processes are not forked (macOS, Windows), the worker is sent the batches' pickle."""
+    batches = batches_of(toy_world / "corpus")
+    sent = pickle.loads(pickle.dumps(batches))
+    for step in (0, 9):
+        assert_same(sent.at(step), batches.at(step))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_not_forked_builds_the_same(toy_world):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        batches = batches_of(toy_world / "corpus")
+        for step, batch in zip(range(3), batches.ahead(range(3), pinned=False), strict=True):
+            assert_same(batch, batches.at(step))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def test_a_corpus_is_sent_without_its_tokens(toy_world, tmp_path):
+    with CorpusWriter(tmp_path / "corpus", load_tokenizer(toy_world), held_out=0.3) as writer:
+        for document in range(50):
+            writer.add([f"{document}"], [np.arange(5, 99).repeat(20).tolist()])
+        writer.finish()
+    corpus = Corpus.open(tmp_path / "corpus")
+    pickled = pickle.dumps(corpus)
+    assert (tmp_path / "corpus" / "tokens.bin").stat().st_size == 50 * 94 * 20 * 2
+    assert len(pickled) < 300 + len(str(tmp_path))
+    opened = pickle.loads(pickled)
+    assert (opened.folder, opened.meta) == (corpus.folder, corpus.meta)
+    assert (opened.num_training, opened.num_held_out) == (corpus.num_training, corpus.num_held_out)
+    assert opened.tokenizer.vocabulary_sha256 == corpus.tokenizer.vocabulary_sha256
+    for document in range(50):
+        assert np.array_equal(opened.tokens(document), corpus.tokens(document))
+
+
+@pytest.fixture
+def damaged(toy_world, tmp_path) -> Path:
+    """The toy corpus with an id beyond the vocabulary in a training document."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(toy_world / "corpus", folder)
+    place = Corpus.open(folder).offsets[4] * 2  # bytes: ids are uint16
+    tokens = bytearray((folder / "tokens.bin").read_bytes())
+    tokens[place : place + 2] = (60_000).to_bytes(2, "little")
+    (folder / "tokens.bin").write_bytes(tokens)
+    return folder
+
+
+def test_an_error_of_the_worker_is_the_error_of_at(damaged):
+    """After the good steps before it, as the same one line."""
+    batches = batches_of(damaged)
+    good = 0
+    with pytest.raises(InputError) as found:
+        for _ in batches.ahead(range(20), pinned=False):
+            good += 1
+    with pytest.raises(InputError) as expected:
+        batches.at(good)
+    assert type(found.value) is InputError
+    assert str(found.value) == str(expected.value)
+    assert str(found.value) == f"{damaged / 'tokens.bin'}: damaged; document 4 holds 60000"
+    for step in range(good):
+        batches.at(step)  # has no error
+
+
+def test_leaving_early_ends_the_worker(toy_world):
+    before = set(multiprocessing.active_children())
+    for _ in batches_of(toy_world / "corpus").ahead(range(10_000), pinned=False):
+        (worker,) = set(multiprocessing.active_children()) - before
+        break
+    worker.join(timeout=10)
+    assert not worker.is_alive()
+    assert set(multiprocessing.active_children()) <= before
+
+
+# Through the command line.
+
+
+def started(world: Path, data: Path, out: Path, **flags: str) -> subprocess.Popen:
+    """`python train.py` on the toy world, in a process group of its own."""
+    flags = {"teacher": str(world / "teacher"), "data": str(data), "out": str(out)} | flags
+    flags |= {"max-length": "19", "batch-size": "7", "device": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in flags.items())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def test_a_damaged_corpus_ends_a_run_in_one_line(toy_world, damaged, tmp_path):
+    run = started(toy_world, damaged, tmp_path / "run", steps="100")
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 2, err
+    assert out == ""
+    assert err == f"error: {damaged / 'tokens.bin'}: damaged; document 4 holds 60000\n"
+
+
+def test_an_interrupted_run_ends_at_once_and_in_one_line(toy_world, tmp_path):
+    """Ctrl-C reaches the run and its worker alike."""
+    out = tmp_path / "run"
+    flags = {"steps": "1000000", "save-every": "5", "log-every": "1"}
+    run = started(toy_world, toy_world / "corpus", out, **flags)
+    while not list(out.glob("step_*[0-9]")) and run.poll() is None:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    interrupted = time.monotonic()
+    told, err = run.communicate(timeout=60)
+    assert time.monotonic() - interrupted < 5
+    assert run.returncode == 130, err
+    assert err == "interrupted\n"
+    assert told.strip() == (
+        f"nothing before the newest checkpoint is lost: --out {out} --resume goes on"
+    )
+    with pytest.raises(ProcessLookupError):  # nobody is left of the group
+        os.killpg(run.pid, 0)
+
+
+def test_many_micro_batches_do_not_need_many_file_descriptors(toy_run):
+    """1,024 are allowed on most machines; a batch cut into 128 has 512 tensors."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        batches = Batches(Corpus.open(toy_run.data), 19, 3, 128, seed=0)
+        assert [len(batch.micro_batches) for batch in batches.ahead(range(4), False)] == [128] * 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
