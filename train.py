@@ -66,7 +66,7 @@ def train(run: RunConfig) -> None:
         for micro_batch in batch.micro_batches:
             terms = loss_terms(learner, guide, micro_batch.to(device), batch, run)
             loss = (
-                terms.vocabulary_loss  # mlm_weight * mlm_loss + output_weight * output_loss
+                terms.vocabulary_loss  # run.mlm_weight * mlm + run.output_weight * output
                 + run.hidden_weight * terms.hidden_loss.sum()
                 + run.attention_weight * terms.attention_loss.sum()
             )
@@ -84,7 +84,7 @@ def train(run: RunConfig) -> None:
         done = step + 1
         log.tokens += batch.num_tokens
         if done % 10 == 0:
-            release_freed_memory()
+            release_freed_memory()  # gaps between tensors of ever new sizes add up
         tell, compare, keep = (
             done % every == 0 or done == run.steps
             for every in (run.log_every, run.eval_every, run.save_every)
@@ -109,11 +109,11 @@ def train(run: RunConfig) -> None:
 class LossTerms(NamedTuple):
     """The loss terms of a micro-batch, as its part of the means over the global batch."""
 
-    vocabulary_loss: Tensor  # (): the next and the last, weighted; these two have no gradient
-    mlm_loss: Tensor  # ()
+    vocabulary_loss: Tensor  # (): mlm_weight * mlm_loss + output_weight * output_loss
+    mlm_loss: Tensor  # () without gradient, for the log
     hidden_loss: Tensor  # (L,) one for each student layer
     attention_loss: Tensor  # (L,)
-    output_loss: Tensor  # ()
+    output_loss: Tensor  # () without gradient, for the log
 
 
 def loss_terms(
@@ -203,9 +203,9 @@ def forward_passes(
         guide = teacher
         if run.dtype == "bfloat16":
             guide = copy.deepcopy(teacher).to(torch.bfloat16)
-    if run.compile:  # sizes differ from batch to batch: compiled once for all of them
+    if run.compile:  # for the sizes of the first batch, and once more for any
         learner = torch.compile(learner)
-        guide = guide and torch.compile(guide)
+        guide = None if guide is None else torch.compile(guide)
     return learner, guide
 
 

@@ -178,7 +178,7 @@ class RunConfig:
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(
         "float32",
-        "of matrix products; weights and losses stay float32",
+        "of all that follows the embeddings; weights, moments and loss sums stay float32",
         choices=("float32", "bfloat16"),
     )
     ops: str = setting(
@@ -187,7 +187,9 @@ class RunConfig:
         choices=("fused", "plain"),
     )
     compile: bool = setting(
-        False, "torch.compile both models (needs a C++ compiler)", action="store_true"
+        False,
+        "torch.compile both models: for GPUs; needs a C++ compiler",
+        action="store_true",
     )
     eval_every: int = setting(1000, "updates between evaluations", type=number(int, 1))
     eval_documents: int = setting(500, "held-out documents of an evaluation", type=number(int, 1))

@@ -82,13 +82,31 @@ def test_on_a_gpu_fused_stands_there_with_its_kernels_and_without(monkeypatch):
     cuda = torch.device("cuda")
     variants = losses.variants_of(toy_case(cases.VOCABULARY_LOSS), cuda)
     assert [variant.name for variant in variants] == ["plain", "plain compiled", "fused", "kernels"]
-    monkeypatch.setattr(losses.fused, "KERNELS", True, raising=False)
-    for variant, expected in zip(variants, (True, True, False, True), strict=True):
-        if variant.name != "plain compiled":
-            losses.call_once(variant, toy_case(cases.VOCABULARY_LOSS).call(CPU))
-            assert expected == losses.fused.KERNELS
+    assert [variant.kernels for variant in variants] == [True, True, False, True]
     variants = losses.variants_of(toy_case(cases.HIDDEN_STATE_LOSS), cuda)
+    assert [variant.name for variant in variants] == ["plain", "plain compiled", "fused", "kernels"]
+    variants = losses.variants_of(toy_case(cases.DROPOUT), cuda)
     assert [variant.name for variant in variants] == ["plain", "fused"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_call_has_its_own_choice_of_kernels_and_leaves_none(monkeypatch, before, kernels):
+    monkeypatch.setattr(losses.fused, "KERNELS", before)
+    seen = []
+
+    def looks(values, probability):
+        values.register_hook(lambda gradient: seen.append(losses.fused.KERNELS))
+        seen.append(losses.fused.KERNELS)
+        return 2 * values
+
+    call = toy_case(cases.DROPOUT).call(CPU)
+    losses.call_once(losses.Variant("looks", looks, kernels=kernels), call)
+    assert seen == [kernels, kernels]  # in forward and in backward
+    assert before == losses.fused.KERNELS
+    with pytest.raises(ZeroDivisionError):
+        losses.call_once(losses.Variant("fails", lambda *_: 1 / 0, kernels=kernels), call)
+    assert before == losses.fused.KERNELS
 
 
 def test_a_variant_that_fails_does_not_take_the_others_along(times_and_errors_alone):
@@ -98,7 +116,35 @@ def test_a_variant_that_fails_does_not_take_the_others_along(times_and_errors_al
     broken = dataclasses.replace(cases.DROPOUT, fused=fails)
     plain, fused = losses.measure(toy_case(broken), CPU)
     assert plain["seconds"] > 0
-    assert fused["failure"] == "too little" and losses.told(fused).endswith("too little")
+    assert fused["failure"] == "OutOfMemoryError: too little"
+    assert losses.told(fused).endswith("too little")
+
+
+def test_a_variant_that_fails_late_does_not_take_the_others_along(times_and_errors_alone):
+    calls = []
+
+    def fails_at_last(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("late")
+        return cases.DROPOUT.plain(*arguments)
+
+    broken = dataclasses.replace(cases.DROPOUT, fused=fails_at_last)
+    plain, fused = losses.measure(toy_case(broken), CPU)
+    assert plain["seconds"] > 0
+    assert fused["failure"] == "RuntimeError: late" and "seconds" not in fused
+
+
+def test_triton_may_raise_what_it_likes():
+    class CompilationError(Exception):
+        pass
+
+    row = {}
+    with losses.told_in(row, torch.device("cuda")):
+        raise CompilationError("at 3:5:\nno such operation")
+    assert row == {"failure": "CompilationError: at 3:5:"}
+    with pytest.raises(CompilationError), losses.told_in(row, CPU):  # where there is no Triton
+        raise CompilationError
 
 
 def peak_of_allocating(*sizes: int) -> int:
@@ -152,7 +198,7 @@ def test_without_matplotlib_a_plot_is_refused(two_cases, monkeypatch, capsys, tm
     monkeypatch.setattr(losses, "installed", lambda package: package != "matplotlib")
     assert run(monkeypatch, losses, "--quick", "--plot", str(tmp_path / "plot.png")) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "minibert[report]" in error
+    assert error.count("\n") == 1 and 'pip install -e ".[report]"' in error
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="the plot is drawn by matplotlib")

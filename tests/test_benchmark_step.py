@@ -18,9 +18,16 @@ pytest.importorskip("transformers", reason="the authors' side is made of transfo
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import authors
 import step
+import step_correctness
 from machine import TUNED_ALLOCATOR
-from variants import Variant
+from variants import COMPILE, Variant, our_update
 from workload import random_models, useful_flops, write_random_corpus
+
+from minibert.data.batches import Batches
+from minibert.folder import WEIGHTS, read_tensors, save_model
+from minibert.model import BertForMaskedLM
+from minibert.training.optimizer import build_optimizer
+from minibert.training.runlog import read_metrics
 
 STILL = dataclasses.replace(TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
@@ -97,6 +104,29 @@ def test_useful_flops_are_those_of_models_without_padding():
     assert useful_flops(STILL, len(layers), lengths, 6) == counter.get_total_flops()
 
 
+def test_our_update_is_that_of_train(toy_run, toy_world, tmp_path):
+    """Its loss is the first that train.train logs, and it leaves the same weights."""
+    torch.manual_seed(3)
+    save_model(tmp_path / "still", BertForMaskedLM(STILL), tokenizer_from=toy_world)
+    run = dataclasses.replace(toy_run, teacher=tmp_path / "still", steps=1, warmup_steps=0)
+    train.train(run)
+    (logged,) = (line for line in read_metrics(run.out / "metrics.jsonl") if "loss" in line)
+
+    corpus = step.Corpus.open(run.data)
+    cpu = torch.device("cpu")
+    student, teacher, run = train.build_models(run, corpus, cpu)
+    batches = Batches(corpus, run.max_length, run.micro_batch_tokens, run.batch_size, run.seed)
+    batch = batches.at(0)
+    assert len(batch.micro_batches) > 1
+    learner, guide = train.forward_passes(student, teacher, run)
+    optimizer = build_optimizer(student, run.weight_decay)
+    loss = our_update(student, learner, guide, optimizer, run, cpu, batch)
+    assert loss.item() == pytest.approx(logged["loss"], rel=1e-6)
+    trained, _ = read_tensors(run.out / "step_000001" / WEIGHTS)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter.detach(), trained[name], rtol=1e-6, atol=0, msg=name)
+
+
 def test_all_variants_take_their_turns(monkeypatch, capfd):
     monkeypatch.setattr(step, "BIOBERT", STILL)
     names = ["authors bfloat16", "ours bfloat16"]
@@ -134,6 +164,79 @@ def test_when_the_time_is_over_no_turn_begins(work):
     report = step.measure(work, [Variant("ours float32", ours=True)], rounds=1, warmup=0, limit=0)
     assert report["variants"]["ours float32"]["failure"] == "no time was left"
     assert "no time was left" in step.table(report)
+
+
+def test_a_compiled_variant_comes_when_all_others_are_done(work, monkeypatch):
+    order = []
+
+    class Done(step.Child):
+        def __init__(self, work, variant):
+            self.variant, self.turns, self.failure, self.precision = variant, [], None, "highest"
+
+        def get_ready(self, seconds):
+            return "ready"
+
+        def take_turn(self, untimed, timed, seconds):
+            order.append((self.variant.name, *untimed, *timed, seconds > 50))
+            self.turns.append({"seconds": 1.0, "peak_mb": 1.0, "page_faults": 0, "loss": 1.0})
+            return "done"
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(step, "Child", Done)
+    variants = [Variant("compiled", ours=True, settings=COMPILE), Variant("a"), Variant("b")]
+    report = step.measure(work, variants, rounds=2, warmup=1, limit=50, compiled_limit=90)
+    first = [(name, *turn, False) for turn in ((0, 1), (2, 3)) for name in "ab"]
+    assert order == [*first, ("compiled", 0, 1, True), ("compiled", 2, 3, True)]
+    assert report["reference"] == "compiled" and len(report["variants"]) == 3
+
+
+@pytest.mark.parametrize(("error", "marked"), [(2e-3, True), (3e-7, False)])
+def test_what_is_rounded_is_marked(error, marked):
+    row = {"dtype": "float32", "float32_matmul_precision": "medium", "failure": "none"}
+    highest = row | {"float32_matmul_precision": "highest"}
+    rows = {"medium": row, "highest": highest, "half": row | {"dtype": "bfloat16"}}
+    told = step.table({"matrix_gflops": {}, "medium_error": error, "variants": rows})
+    assert ("medium *" in told) == ("\n* " in told) == marked
+    assert "highest *" not in told and "half *" not in told
+
+
+def test_the_step_on_this_device_is_right():
+    rows = list(step_correctness.check_step(torch.device("cpu")))
+    assert len(rows) == 2 * (5 + 1) and all(row["right"] for row in rows)
+    assert max(row["error"] for row in rows) > 1e-8  # two ways are compared
+
+
+def test_a_wrong_step_is_seen(monkeypatch):
+    right = train.fused.attention_map_loss
+
+    def too_large(*arguments):
+        return 1.1 * right(*arguments)
+
+    monkeypatch.setattr(train.fused, "attention_map_loss", too_large)
+    rows = step_correctness.check_step(torch.device("cpu"))
+    said = {row["what"] for row in rows if not row["right"]}
+    assert {f"step {dtype}: attention_loss" for dtype in ("float32", "bfloat16")} <= said
+    assert "step float32: gradient" in said
+
+
+def test_a_resumed_run_goes_on_as_it_was():
+    rows = list(step_correctness.check_resume(torch.device("cpu")))
+    assert [row["error"] for row in rows] == [0, 0]
+
+
+def test_forgotten_moments_are_seen(monkeypatch):
+    load = step_correctness.load_newest
+
+    def forgets(folder, model, optimizer):
+        done = load(folder, model, optimizer)
+        optimizer.state.clear()
+        return done
+
+    monkeypatch.setattr(step_correctness, "load_newest", forgets)
+    loss, weights = step_correctness.check_resume(torch.device("cpu"))
+    assert loss["right"] and not weights["right"]
 
 
 @pytest.mark.parametrize(

@@ -112,18 +112,20 @@ class Batches:
 
         pinned: in memory that a GPU copies from by itself.
         """
-        loader = DataLoader(self, None, sampler=steps, num_workers=1, collate_fn=_as_it_comes)
+        loader = DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=1, collate_fn=_as_it_comes
+        )
         with without_interrupts():  # nor in the worker, ever: Ctrl-C is for us to answer
             iterator = iter(loader)
         for batch in iterator:
-            if isinstance(batch, InputError):
+            if isinstance(batch, Exception):
                 raise batch
             tensors = [[torch.from_numpy(array) for array in part] for part in batch.micro_batches]
             if pinned:
                 tensors = [[tensor.pin_memory() for tensor in part] for part in tensors]
             yield batch._replace(micro_batches=[MicroBatch(*part) for part in tensors])
 
-    def __getitem__(self, step: int) -> GlobalBatch | InputError:
+    def __getitem__(self, step: int) -> GlobalBatch | Exception:
         """As `at`, in what goes from process to process.
 
         Arrays instead of tensors, each of which would take a file descriptor; an error as a value,
@@ -131,7 +133,7 @@ class Batches:
         """
         try:
             batch = self.at(step)
-        except InputError as error:
+        except (InputError, OSError) as error:
             return error
         arrays = [[tensor.numpy() for tensor in part] for part in batch.micro_batches]
         return batch._replace(micro_batches=[MicroBatch(*part) for part in arrays])

@@ -86,7 +86,10 @@ def attention(
 
 
 class _Attention(Function):
-    """P = softmax(scale Q K^T),  R = P * kept,  context O = c R V,  with c = 1 / (1 - dropout)."""
+    """P = softmax(Q K^T / sqrt(D)),  context O = c (P * kept) V,  with c = 1 / (1 - dropout).
+
+    Scores and their softmax are float32 whatever comes in.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, attention_mask, dropout):
@@ -95,35 +98,30 @@ class _Attention(Function):
         maps = []
         for b, real in enumerate(_real_tokens(attention_mask)):
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-            scores = (q / math.sqrt(D)) @ k.transpose(1, 2)  # (N, n, n)
-            attention_probs = scores.softmax(-1)  # (N, n, n)
-            kept, scale = _kept(scores.shape, dropout, scores.dtype)
-            remaining = kept.mul_(attention_probs)  # (N, n, n)
-            context[b][:, real] = (remaining @ v).mul_(scale)
-            maps += [attention_probs, remaining]
-        ctx.save_for_backward(query, key, value, attention_mask, context, *maps)
-        ctx.scale = scale
+            scores = (_precise(q) / math.sqrt(D)) @ _precise(k).transpose(1, 2)  # (N, n, n)
+            probs = scores.softmax(-1).to(v.dtype)  # (N, n, n)
+            kept, ctx.scale = _kept(probs.shape, dropout, probs.dtype)
+            context[b][:, real] = ((probs * kept) @ v).mul_(ctx.scale)
+            maps += [probs, kept]
+        ctx.save_for_backward(query, key, value, attention_mask, *maps)
         return context
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        query, key, value, attention_mask, context, *maps = ctx.saved_tensors
+        query, key, value, attention_mask, *maps = ctx.saved_tensors
         B, N, S, D = query.shape
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
-            attention_probs, remaining = maps[2 * b], maps[2 * b + 1]  # (N, n, n)
+            probs, kept = maps[2 * b], maps[2 * b + 1]  # (N, n, n)
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-            d_context = upstream[b][:, real]  # (N, n, D)
-            # The softmax' sum over each row, sum_j P_ij dP_ij, is sum_d O_id dO_id.
-            rows = (d_context * context[b][:, real]).sum(-1, keepdim=True)  # (N, n, 1)
-            d_context = (d_context * ctx.scale).contiguous()
-            # dS = P * (dP - rows) = R * (c dO V^T) - P * rows
-            d_scores = (d_context @ v.transpose(1, 2)).mul_(remaining)  # (N, n, n)
-            d_scores.addcmul_(attention_probs, rows, value=-1)
+            d_context = (upstream[b][:, real] * ctx.scale).contiguous()  # (N, n, D), with c
+            d_probs = (d_context @ v.transpose(1, 2)).mul_(kept)  # (N, n, n)
+            # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             gradients[0, b][:, real] = (d_scores @ k).div_(math.sqrt(D))
             gradients[1, b][:, real] = (d_scores.transpose(1, 2) @ q).div_(math.sqrt(D))
-            gradients[2, b][:, real] = remaining.transpose(1, 2) @ d_context
+            gradients[2, b][:, real] = (probs * kept).transpose(1, 2) @ d_context
         return *gradients, None, None
 
 
@@ -158,12 +156,11 @@ class _AttentionMapLoss(Function):
     @staticmethod
     def forward(ctx, student_query, student_key, teacher_query, teacher_key, attention_mask):
         B, N, S, D = student_query.shape
-        precise = _precise(student_query.dtype)
-        kl_sum = student_query.new_zeros((), dtype=precise)
+        kl_sum = student_query.new_zeros((), dtype=_precise_dtype(student_query))
         gradients = student_query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
             q_student, k_student, q_teacher, k_teacher = (
-                part[b][:, real].to(precise).contiguous()
+                _precise(part[b][:, real]).contiguous()
                 for part in (student_query, student_key, teacher_query, teacher_key)
             )  # (N, n, D)
             query, key = (part[b][:, real].contiguous() for part in (student_query, student_key))
@@ -199,16 +196,17 @@ class _AttentionMapLossByKernels(Function):
     def forward(ctx, student_query, student_key, teacher_query, teacher_key, attention_mask):
         models = (student_query, student_key, teacher_query, teacher_key)
         kernels = _kernels(student_query)
-        kl_sum, *ctx.log_sums = kernels.attention_map_loss_forward(*models, attention_mask)
+        kl_sum, *log_sums = kernels.attention_map_loss_forward(*models, attention_mask)
         ctx.save_for_backward(student_query, student_key)
-        ctx.constants = (teacher_query, teacher_key, attention_mask)  # made in inference mode
+        # What was made in inference mode cannot be saved in the usual way.
+        ctx.constants = (teacher_query, teacher_key, attention_mask, *log_sums)
+        ctx.gradients = kernels.attention_map_loss_backward
         return kl_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        kernels, inputs = _kernels(upstream), (*ctx.saved_tensors, *ctx.constants)
-        gradients = kernels.attention_map_loss_backward(*inputs, *ctx.log_sums, upstream)
+        gradients = ctx.gradients(*ctx.saved_tensors, *ctx.constants, upstream)
         return *gradients, None, None, None
 
 
@@ -251,14 +249,12 @@ class _HiddenStateLoss(Function):
 
 def _cosine_rows(student, teacher, gradient, is_real):
     """1 - cosine of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled."""
-    precise = _precise(student.dtype)
-    losses = student.new_empty(len(student), dtype=precise)
+    losses = student.new_empty(len(student), dtype=_precise_dtype(student))
     for rows in _tiles(*student.shape, _at_once(student, IN_CACHE)):
-        s, t = student[rows].to(precise), teacher[rows].to(precise)  # (r, H)
+        s, t = _precise(student[rows]), _precise(teacher[rows])  # (r, H)
         real = is_real[rows].bool()  # (r,)
-        s_square, t_square = (
-            (part * part).sum(-1).clamp_min(SHORTEST**2) for part in (s, t)
-        )  # (r,)
+        s_square = (s * s).sum(-1).clamp_min(SHORTEST**2)  # (r,)
+        t_square = (t * t).sum(-1).clamp_min(SHORTEST**2)  # (r,)
         inverse = (s_square * t_square).rsqrt()  # (r,)
         cosine = (s * t).sum(-1) * inverse  # (r,)
         losses[rows] = torch.where(real, 1 - cosine, 0)
@@ -282,7 +278,8 @@ def vocabulary_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses over the vocabulary, as `plain.vocabulary_loss`; a tile of logits at once.
 
-    The matrix products are of the dtype of the heads: a decoder of another is rounded once.
+    Logits are float32 whatever comes in: where the models are close, the difference of their
+    distributions is small. The products of the gradient are of the heads' dtype.
     """
     student = (student_head, student_decoder, student_bias)
     teacher = (teacher_head, teacher_decoder, teacher_bias)
@@ -300,23 +297,24 @@ class _VocabularyLoss(Function):
     def forward(ctx, head, decoder, bias, teacher_head, teacher_decoder, teacher_bias, labels,
                 temperature, mlm_weight, output_weight):  # fmt: skip
         V = len(decoder)
-        precise = _precise(head.dtype)
         weights = (temperature, mlm_weight, output_weight)
-        sums = head.new_zeros(2, dtype=precise)  # mlm, output
+        sums = head.new_zeros(2, dtype=_precise_dtype(head))  # mlm, output
         kernels = _kernels(head)
         vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
         columns = list(_tiles(*decoder.shape, _at_once(decoder, DECODER_AT_ONCE)))
-        d_head = torch.zeros_like(head, dtype=precise)
+        d_head = torch.zeros_like(_precise(head))
         d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
+        if head.is_cuda:  # rounded once; a CPU rounds a part at a time
+            decoder = decoder.to(head.dtype)
         for rows in _tiles(len(head), V, LOGITS_AT_ONCE):
             logits, teacher_logits = _logits(head[rows], decoder, columns), None  # (r, V)
             if teacher_head is not None:
                 teacher_logits = _logits(teacher_head[rows], teacher_decoder, columns)  # (r, V)
-            both = (logits, teacher_logits, bias, teacher_bias)
-            mlm, output = vocabulary_rows(*both, labels[rows], *weights)  # (r,)
+            models = (logits, teacher_logits, bias, teacher_bias)
+            mlm, output = vocabulary_rows(*models, labels[rows], *weights)  # (r,)
             sums += torch.stack([mlm.sum(), output.sum()])
-            d_logits = logits  # (r, V), overwritten
-            d_bias += d_logits.sum(0, dtype=bias.dtype)
+            d_bias += logits.sum(0)  # they are overwritten by their gradient
+            d_logits = logits.to(head.dtype)  # (r, V)
             for part in columns:
                 d_head[rows] += d_logits[:, part] @ decoder[part].to(head.dtype)
                 d_decoder[part] += d_logits[:, part].T @ head[rows]
@@ -335,30 +333,35 @@ class _VocabularyLoss(Function):
 
 
 def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
-    """head (r, H), decoder (V, H), of which only a part is ever rounded; returns (r, V)."""
-    logits = head.new_empty(len(head), len(decoder))
-    for part in columns:
-        torch.mm(head, decoder[part].to(head.dtype).T, out=logits[:, part])
+    """head (r, H), decoder (V, H); returns (r, V) in float32, without bias."""
+    if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(head, decoder.T, out_dtype=torch.float32)
+    logits = head.new_empty(len(head), len(decoder), dtype=_precise_dtype(head))
+    for part in columns:  # a CPU's products have the dtype of what comes in
+        torch.mm(_precise(head), _precise(decoder[part]).T, out=logits[:, part])
     return logits
 
 
 def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels,
                      temperature, mlm_weight, output_weight):  # fmt: skip
-    """Losses of each row, mlm (r,) and output (r,); the gradient replaces `logits` (r, V)."""
+    """Losses of each row, mlm (r,) and output (r,); the gradient replaces `logits` (r, V).
+
+    logits float32 or float64; biases of any dtype.
+    """
     r, V = logits.shape
-    precise, T = _precise(logits.dtype), temperature
+    T = temperature
     counts = (labels != IGNORED_LABEL)[:, None]  # (r, 1)
     labels = labels[:, None].where(counts, 0)  # (r, 1)
-    mlm, output = logits.new_zeros(2, r, 1, dtype=precise)
+    mlm, output = logits.new_zeros(2, r, 1)
     for rows in _tiles(r, V, _at_once(logits, IN_CACHE)):
-        z = logits[rows] + bias.to(precise)  # (rows, V)
+        z = logits[rows] + bias  # (rows, V)
         log_p = z.log_softmax(-1)
         mlm[rows] = -log_p.gather(1, labels[rows])
         gradient = log_p.exp().mul_(mlm_weight)
         gradient.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
         if teacher_logits is not None:
             log_q = log_p if T == 1 else (z / T).log_softmax(-1)
-            log_q_t = ((teacher_logits[rows] + teacher_bias.to(precise)) / T).log_softmax(-1)
+            log_q_t = ((teacher_logits[rows] + teacher_bias) / T).log_softmax(-1)
             q_t = log_q_t.exp()
             output[rows] = T**2 * (q_t * (log_q_t - log_q)).sum(-1, keepdim=True)
             gradient.add_(log_q.exp(), alpha=output_weight * T).sub_(q_t, alpha=output_weight * T)
@@ -392,6 +395,10 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    """What sums and exponentials are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _precise(tensor: Tensor) -> Tensor:
+    """As sums and exponentials need it: half precisions become float32."""
+    return tensor.to(_precise_dtype(tensor))
+
+
+def _precise_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

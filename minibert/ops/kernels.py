@@ -269,7 +269,7 @@ def cosine_rows(student: Tensor, teacher: Tensor, gradient: Tensor, is_real: Ten
     that are not real are not read; their loss and gradient are 0. Returns (m,) in float32.
     """
     m, H = student.shape
-    assert student.is_contiguous() and teacher.is_contiguous() and gradient.is_contiguous()
+    assert all(part.is_contiguous() and part.shape == (m, H) for part in (teacher, gradient))
     losses = student.new_empty(m, dtype=torch.float32)
     if m > 0:
         sizes = {"H": H, "TILE": triton.next_power_of_2(H), "SHORTEST_SQUARE": SHORTEST**2}
@@ -354,15 +354,16 @@ def vocabulary_rows(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both losses of `plain.vocabulary_loss` row by row; their gradient replaces the logits.
 
-    logits (m, V), contiguous, before their biases, float32 or a half precision; biases (V,) in
-    float32; labels (m,) int64 or -100. teacher_logits and teacher_bias may be None.
+    logits (m, V), contiguous, before their biases, and biases (V,), float32 or a half precision;
+    labels (m,) int64 or -100. teacher_logits and teacher_bias may be None.
     Afterwards student_logits holds the gradient of mlm_weight mlm + output_weight output by the
     logits. Returns the losses, unweighted: mlm (m,) and output (m,), float32; 0 in rows that do not
     count, and output 0 without a teacher.
     """
     m, V = student_logits.shape
-    assert student_logits.is_contiguous()
-    assert teacher_logits is None or teacher_logits.is_contiguous()
+    for logits, bias in ((student_logits, student_bias), (teacher_logits, teacher_bias)):
+        if logits is not None:
+            assert logits.is_contiguous() and logits.shape == (m, V) and bias.shape == (V,)
     mlm_losses = student_logits.new_zeros(m, dtype=torch.float32)
     output_losses = torch.zeros_like(mlm_losses)
     if m > 0:

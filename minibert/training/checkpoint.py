@@ -102,9 +102,7 @@ def load_newest(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-            # AdamW keeps its count of steps on the CPU.
-            devices = {kind: "cpu" if kind == "step" else parameter.device for kind in KINDS}
-            optimizer.state[parameter] = {
-                kind: moments[f"{name}.{kind}"].clone().to(devices[kind]) for kind in KINDS
+            optimizer.state[parameter] = {  # fused AdamW counts its steps where the parameter is
+                kind: moments[f"{name}.{kind}"].clone().to(parameter.device) for kind in KINDS
             }
     return step
