@@ -8,6 +8,8 @@ hand out every map and every hidden state, logits at every position, rows chosen
 from whole tensors, batches padded to the longest text, and a teacher inside the trained module,
 whose dropout therefore is on.
 
+Needs `pip install -e ".[bench]"`.
+
 Shapes: B batch, S sequence, N heads, H hidden, V vocabulary, L student layers, T real tokens,
 M masked positions.
 """

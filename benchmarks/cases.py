@@ -104,7 +104,11 @@ ATTENTION_MAP_LOSS = Operation(
     has_kernels=True,
 )
 HIDDEN_STATE_LOSS = Operation(
-    "hidden_state_loss", plain.hidden_state_loss, fused.hidden_state_loss, for_hidden_state_loss
+    "hidden_state_loss",
+    plain.hidden_state_loss,
+    fused.hidden_state_loss,
+    for_hidden_state_loss,
+    has_kernels=True,
 )
 ATTENTION = Operation("attention", plain.attention, fused.attention, for_attention, has_maps=True)
 ATTENTION_WITH_DROPOUT = Operation(

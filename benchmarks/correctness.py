@@ -1,9 +1,10 @@
-"""Whether the Triton kernels, on this very GPU, give what the plain formulas give in float64.
+"""Whether every Triton kernel, on this very GPU, gives what the plain formula gives in float64.
 
 Each value and gradient may err as much as the plain formula in the same precision, and a little
 more. The sizes are awkward, as in tests/test_kernels.py, and one is a model's.
 
-Shapes: B batch, S sequence, N heads, D head size, V vocabulary, m masked positions.
+Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, m rows (masked positions
+or tokens).
 """
 
 import math
@@ -43,6 +44,13 @@ ROWS = [
     (64, 28_996, 1.0, True),
     (64, 28_996, 2.0, True),
 ]
+# dtypes of the logits and of the teacher's bias; the last is what a run in bfloat16 has.
+ROW_DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+COSINES = [(0, 37), (53, 37), (211, 768)]  # m, H
 
 
 def check_all(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -55,15 +63,23 @@ def check_all(device: torch.device) -> Iterator[dict[str, Any]]:
         found = kernel_map_loss(maps, mask)
         yield from compare(sizes, dtype, ("value", "d query", "d key"), found, plains, truths)
     for m, V, temperature, has_teacher in ROWS:
-        for dtype in (torch.float32, torch.bfloat16):
-            sizes = f"vocabulary_rows m {m} V {V} T {temperature:g}"
-            rows = random_rows(m, V, has_teacher, dtype, device)
+        for dtype, bias_dtype in ROW_DTYPES:
+            sizes = f"vocabulary_rows m {m} V {V} T {temperature:g} teacher bias {bias_dtype}"
+            rows = random_rows(m, V, has_teacher, dtype, bias_dtype, device)
             truths = plain_rows(
                 [part if part is None else exact(part) for part in rows], temperature
             )
             plains = plain_rows(rows, temperature)
             found = kernel_rows(rows, temperature)
             yield from compare(sizes, dtype, ("mlm", "output", "d logits"), found, plains, truths)
+    for m, H in COSINES:
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher, is_real = random_hidden(m, H, dtype, device)
+            truths = plain_cosines(student.double(), teacher.double(), is_real)
+            plains = plain_cosines(student, teacher, is_real)
+            found = kernel_cosines(student, teacher, is_real)
+            sizes = f"cosine_rows m {m} H {H}"
+            yield from compare(sizes, dtype, ("value", "d student"), found, plains, truths)
 
 
 def compare(
@@ -81,7 +97,7 @@ def compare(
         yield {
             "what": f"{sizes} {dtype}: {name}".replace("torch.", ""),
             "error": error,
-            "plain_error": plain_error,
+            "allowed": plain_error + tolerance,
             "right": error <= plain_error + tolerance,
         }
 
@@ -137,12 +153,21 @@ def kernel_map_loss(maps: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 
 def random_rows(
-    m: int, V: int, has_teacher: bool, dtype: torch.dtype, device: torch.device
+    m: int,
+    V: int,
+    has_teacher: bool,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Tensor | None]:
-    """Logits (m, V) and biases (V,) of student and teacher, labels (m,), some of them ignored."""
+    """Logits (m, V) and biases (V,) of student and teacher, labels (m,), some of them ignored.
+
+    The student's bias is a weight, and float32; the teacher's has `bias_dtype`.
+    """
     torch.manual_seed(0)
     student, teacher = (3 * torch.randn(m, V, device=device).to(dtype) for _ in range(2))
     student_bias, teacher_bias = (torch.randn(V, device=device) for _ in range(2))
+    teacher_bias = teacher_bias.to(bias_dtype)
     labels = torch.randint(V, (m,), device=device)
     labels[1::3] = plain.IGNORED_LABEL
     if not has_teacher:
@@ -172,3 +197,33 @@ def kernel_rows(rows: list[Tensor | None], temperature: float) -> list[Tensor]:
     gradient = student.clone()
     mlm, output = kernels.vocabulary_rows(gradient, *others, temperature, 1.0, 5.0)
     return [mlm.sum(), output.sum(), gradient]
+
+
+# The rows of the loss of the hidden states.
+
+
+def random_hidden(
+    m: int, H: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (m, H) of student and teacher, and which rows are real (m,)."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(m, H, device=device).to(dtype) for _ in range(2))
+    is_real = torch.ones(m, dtype=torch.long, device=device)
+    is_real[2::5] = 0
+    return student, teacher, is_real
+
+
+def plain_cosines(student: Tensor, teacher: Tensor, is_real: Tensor) -> list[Tensor]:
+    """The sum of the losses, and the gradient by the student's rows."""
+    student = student.detach().requires_grad_()
+    loss = plain.hidden_state_loss(student[None], teacher[None], is_real[None])
+    return [loss.detach(), *torch.autograd.grad(loss, student)]
+
+
+def kernel_cosines(student: Tensor, teacher: Tensor, is_real: Tensor) -> list[Tensor]:
+    """The same by the kernel, where padding is not a number, nor what the gradient replaces."""
+    padding = is_real[:, None] == 0  # (m, 1)
+    student, teacher = (part.masked_fill(padding, math.nan) for part in (student, teacher))
+    gradient = torch.full_like(student, math.nan)
+    losses = kernels.cosine_rows(student, teacher, gradient, is_real)
+    return [losses.sum(), gradient]

@@ -11,7 +11,10 @@ drawn there is none to tell. Inputs all have the dtype of the row, and no positi
 Where plain would need more than `LARGEST_PLAIN`, fused stands alone, without an error.
 
 On CUDA, where a fused operation has Triton kernels, it stands there with them ("kernels") and
-without, beside plain as it is and compiled. Prints a table, then one line of JSON.
+without, beside plain as it is and compiled. A call that fails is named, and the others go on.
+
+Needs `pip install -e .`, for --plot `pip install -e ".[report]"`. Prints a table, then one line of
+JSON.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -51,7 +55,7 @@ class Variant(NamedTuple):
 
     name: str
     function: Callable[..., Any]
-    kernels: bool | None = None  # fused with or without those of Triton; None: there are none
+    kernels: bool = True  # False: fused without those of Triton
 
 
 def variants_of(case: Case, device: torch.device) -> list[Variant]:
@@ -65,7 +69,7 @@ def variants_of(case: Case, device: torch.device) -> list[Variant]:
             torch.compiler.reset()  # else it compiles for the first few sizes alone
             compiled = torch.compile(operation.plain, dynamic=False)
             variants.append(Variant("plain compiled", compiled))
-    variants.append(Variant("fused", operation.fused, kernels=False if on_gpu else None))
+    variants.append(Variant("fused", operation.fused, kernels=not on_gpu))
     if on_gpu and installed("triton"):
         variants.append(Variant("kernels", operation.fused, kernels=True))
     return variants
@@ -73,15 +77,16 @@ def variants_of(case: Case, device: torch.device) -> list[Variant]:
 
 def call_once(variant: Variant, call: Call) -> Tensor:
     """Forward and backward; returns the value. The gradients are those of this call alone."""
-    if variant.kernels is not None:
-        assert isinstance(fused.KERNELS, bool)
-        fused.KERNELS = variant.kernels
     for argument in learning(call):
         argument.grad = None
-    value = variant.function(*call.arguments)
-    if isinstance(value, tuple):  # the loss, and sums for the log
-        value = value[0]
-    value.backward(call.upstream)
+    before, fused.KERNELS = fused.KERNELS, variant.kernels
+    try:
+        value = variant.function(*call.arguments)
+        if isinstance(value, tuple):  # the loss, and sums for the log
+            value = value[0]
+        value.backward(call.upstream)
+    finally:
+        fused.KERNELS = before
     return value.detach()
 
 
@@ -176,11 +181,24 @@ def measure(case: Case, device: torch.device) -> list[dict[str, Any]]:
     rows = [error_and_memory(case, variant, truth, device) for variant in variants]
     truth = None
     give_memory_back()
-    able = [(v, row) for v, row in zip(variants, rows, strict=True) if "failure" not in row]
-    times = times_of([variant for variant, _ in able], case, device)
-    for (_, row), seconds in zip(able, times, strict=True):
-        row["seconds"] = median(seconds)
+    add_times(rows, variants, case, device)
     return rows
+
+
+@contextmanager
+def told_in(row: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """What fails is named in its row, and the others go on.
+
+    On CUDA that is any exception, for Triton has its own; on a CPU too little memory, mostly, and
+    what is no RuntimeError is an error of ours.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device.type == "cpu" and not isinstance(error, RuntimeError):
+            raise
+        first_line = str(error).split("\n")[0]
+        row["failure"] = f"{type(error).__name__}: {first_line}"
 
 
 def error_and_memory(
@@ -196,32 +214,37 @@ def error_and_memory(
         "dtype": str(case.dtype).removeprefix("torch."),
         "variant": variant.name,
     }
-    try:
+    with told_in(row, device):
         value, gradients = outcome(variant, case.call(device))
         if truth is not None:
             row["value_error"] = relative_error([value], [truth[0]])
             row["gradient_error"] = relative_error(gradients, truth[1])
         row["peak_mb"] = peak_of_call(case, variant, device) / 1e6
-    except RuntimeError as error:  # too little memory, mostly; the others go on
-        row["failure"] = str(error).split("\n")[0]
     return row
 
 
-def times_of(variants: list[Variant], case: Case, device: torch.device) -> list[list[float]]:
-    """Seconds of the calls of each variant, which take turns."""
+def add_times(
+    rows: list[dict[str, Any]], variants: list[Variant], case: Case, device: torch.device
+) -> None:
+    """Median seconds of a call to the row of each variant that has not failed; they take turns."""
     call = case.call(device)
     seconds = [[] for _ in variants]
     began = time.monotonic()
     for turn in range(MOST_REPEATS):
         if turn >= FEWEST_REPEATS and time.monotonic() - began > ENOUGH:
             break
-        for variant, there in zip(variants, seconds, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            call_once(variant, call)
-            synchronize(device)
-            there.append(time.perf_counter() - start)
-    return seconds
+        for variant, row, there in zip(variants, rows, seconds, strict=True):
+            if "failure" in row:
+                continue
+            with told_in(row, device):
+                synchronize(device)
+                start = time.perf_counter()
+                call_once(variant, call)
+                synchronize(device)
+                there.append(time.perf_counter() - start)
+    for row, there in zip(rows, seconds, strict=True):
+        if "failure" not in row:
+            row["seconds"] = median(there)
 
 
 HEADING = (
@@ -259,14 +282,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             for row in rows
             if row["operation"] == name and row[fixed] == size and "seconds" in row
         ]
+        names = list(dict.fromkeys(row["variant"] for row in of_panel))
         for kind, points in lines_of(of_panel, letter):
             xs, peaks, seconds = zip(*sorted(points), strict=True)
-            style = {"marker": "o", "linestyle": "-" if "float32" in kind else "--"}
+            variant, dtype = kind.rsplit(" ", 1)
+            color = f"C{names.index(variant)}"  # of the variant; dashed is half precision
+            style = {"marker": "o", "color": color, "ls": "-" if dtype == "float32" else "--"}
             axes[0].loglog(xs, peaks, label=kind, **style)
             axes[1].loglog(xs, seconds, label=kind, **style)
         axes[0].set(title=f"{name}, {fixed} = {size}", ylabel="peak memory, MB")
         axes[1].set(xlabel=letter, ylabel="seconds")
         axes[0].legend()
+        sizes = sorted({row[letter] for row in of_panel})
+        for panel in axes:
+            panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            panel.set_xticks([], minor=True)
+            panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
@@ -297,7 +328,7 @@ def main() -> None:
     flags = parser.parse_args()
     device = set_up_device(flags.device)
     if flags.plot and not installed("matplotlib"):
-        raise InputError('--plot needs matplotlib: pip install "minibert[report]"')
+        raise InputError('--plot needs matplotlib: pip install -e ".[report]"')
     print(HEADING)
     rows = []
     for case in quick_cases() if flags.quick else all_cases():

@@ -3,7 +3,6 @@
 Shapes: H hidden, I intermediate.
 """
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from minibert.training.device import release_freed_memory
 
 # glibc hands large freed blocks back at once, and faults them in again when they are next asked
 # for. Told so, it keeps them. (It reads this when a process starts.)
@@ -51,9 +52,7 @@ def give_memory_back() -> None:
     """Hand what is free to the system, so that it serves the next."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
+    release_freed_memory()
 
 
 def peak_of_process() -> int:

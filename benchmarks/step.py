@@ -6,12 +6,19 @@
 
 Every variant has a process of its own, so that its peak memory is its own. The processes take
 turns and only one computes at a time, so that a machine that is busy for a while is so for all. A
-turn is `--warmup` untimed updates, the timed ones, and a rest, in which free memory goes back to
-the system (two updates later an allocator that keeps memory has it again). Building a batch is not
-timed, moving it to the device is. All variants begin with the same random weights and see the same
-documents and masks.
+turn is `--warmup` untimed updates, the timed ones, and a rest, in which the authors' side gives
+free memory back to the system (two updates later an allocator that keeps memory has it again).
+Building a batch is not timed, moving it to the device is. All variants begin with the same random
+weights and see the same documents and masks. A compiled variant takes its turns, on the same
+batches, after all others: what compiling takes is none of theirs.
 
-The authors' side needs `pip install "minibert[bench]"`. Prints a table, then one line of JSON.
+Peak memory on a CPU is all that a process has held: Python and its libraries, student, teacher (for
+ours in bfloat16 twice, as in a run, which evaluates with the float32 one), optimiser, and the gaps
+between tensors. Of these ours gives nothing back while it is measured; a run does so every ten
+updates, and its peak, between these, is no higher. On a GPU it is that of tensors alone.
+
+Needs `pip install -e ".[bench]"`; ours alone `pip install -e .`. Prints a table, then one line of
+JSON.
 """
 
 import itertools
@@ -39,6 +46,7 @@ from machine import (
     synchronize,
     tell,
 )
+from step_table import is_medium, table
 from torch import Tensor
 from variants import Variant, authors_side, choose, our_side
 from workload import BIOBERT, Work, work_of, write_random_corpus
@@ -71,9 +79,10 @@ def serve(pipe: Connection, work: Work, variant: Variant) -> None:
         for step in untimed:
             one_update(update, batches.at(step), step, work.device)
         updates = [one_update(update, batches.at(step), step, work.device) for step in timed]
-        give_memory_back()
+        on_gpu = work.device.type == "cuda"
+        if on_gpu or not variant.ours:
+            give_memory_back()
         seconds, page_faults, losses = zip(*updates, strict=True)
-        on_gpu = work.device.type == "cuda"  # there, of tensors alone
         peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
         pipe.send(
             {
@@ -156,21 +165,32 @@ class Child:
 
 
 def measure(
-    work: Work, variants: Sequence[Variant], rounds: int, warmup: int, limit: float | None = None
+    work: Work,
+    variants: Sequence[Variant],
+    rounds: int,
+    warmup: int,
+    limit: float | None = None,
+    compiled_limit: float | None = None,
 ) -> dict[str, Any]:
     """Let the variants take turns; returns what was measured, as JSON holds it.
 
-    After `limit` seconds, where there is one, no turn goes on and no other begins.
+    After `limit` seconds, where there is one, no turn goes on and no other begins. Compiled
+    variants come when all others are done, and may compute until `compiled_limit` seconds have
+    gone by, counted from the same beginning.
     """
-    end = None if limit is None else time.monotonic() + limit
+    began = time.monotonic()
+    end, compiled_end = (None if each is None else began + each for each in (limit, compiled_limit))
     H, I = work.config.hidden_size, work.config.intermediate_size
     batches = work.batches(micro_batch_tokens=1)
     children = [Child(work, variant) for variant in variants]
     for child in children:
-        tell(f"{child.variant.name}: {child.get_ready(left(end))}")
+        its_end = compiled_end if child.variant.compiled else end
+        tell(f"{child.variant.name}: {child.get_ready(left(its_end))}")
+    compiled = [child for child in children if child.variant.compiled]
+    others = [child for child in children if not child.variant.compiled]
     steps = itertools.count()
-    rates, tokens, flops = [], [], []
-    for turn in range(rounds):
+    rates, tokens, flops, turns = [], [], [], []
+    for _ in range(rounds):
         if left(end) == 0:
             break
         rates.append(matrix_rates(H, I, work.device))
@@ -179,10 +199,10 @@ def measure(
         counts = [work_of(work.config, batches.at(step)) for step in timed]
         tokens.append(mean(count for count, _ in counts))
         flops.append(mean(count for _, count in counts))
-        for child in children:
-            if child.failure is None:
-                told = child.take_turn(untimed, timed, left(end))
-                tell(f"round {turn + 1}/{rounds}, {child.variant.name}: {told}")
+        turns.append((untimed, timed))
+        take_turns(others, *turns[-1], end)
+    for turn in turns:
+        take_turns(compiled, *turn, compiled_end)
     for child in children:
         child.end()
     best_rates = {kind: max((rate[kind] for rate in rates), default=0) for kind in MATRIX_KINDS}
@@ -199,6 +219,16 @@ def measure(
             for child in children
         },
     }
+
+
+def take_turns(
+    children: Sequence[Child], untimed: Sequence[int], timed: Sequence[int], end: float | None
+) -> None:
+    """A round of those that have not failed, one after the other."""
+    for child in children:
+        if child.failure is None:
+            told = child.take_turn(untimed, timed, left(end))
+            tell(f"round {len(child.turns)}, {child.variant.name}: {told}")
 
 
 def left(end: float | None) -> float | None:
@@ -229,8 +259,7 @@ def summary(
     references = [turn["seconds"] for turn in reference.turns]
     rate = median(count / each for count, each in zip(flops, seconds, strict=False))
     ratios = [their / our for their, our in zip(references, seconds, strict=False)]
-    medium = variant.dtype == "float32" and child.precision == "medium"
-    kind = "float32 medium" if medium else variant.dtype
+    kind = "float32 medium" if is_medium(told) else variant.dtype
     return told | {
         "seconds": seconds,
         "median_seconds": median(seconds),
@@ -244,31 +273,6 @@ def summary(
         "page_faults": median(turn["page_faults"] for turn in child.turns),
         "last_loss": child.turns[-1]["loss"],
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """For people."""
-    rates, error = report["matrix_gflops"], report["medium_error"]
-    lines = [
-        "matrix rate, GFLOP/s: " + ", ".join(f"{kind} {rate:,.0f}" for kind, rate in rates.items()),
-        f"relative error of float32 products under 'medium': {error:.1e}, "
-        + ("still float32" if error < 1e-5 else "no longer float32"),
-        "",
-        f"{'':44}{'s/update':>9}{'min - max':>17}{'ratio':>7}{'tokens/s':>11}{'peak MB':>9}"
-        f"{'GFLOP/s':>10}{'share':>7}",
-    ]
-    for name, row in report["variants"].items():
-        if "seconds" not in row:
-            lines.append(f"{name:44}{row['failure']}")
-            continue
-        seconds, ratio = row["seconds"], row["times_as_fast_as_reference"]
-        lines.append(
-            f"{name:44}{row['median_seconds']:9.3f}{min(seconds):9.3f} - {max(seconds):.3f}"
-            f"{'' if ratio is None else f'{ratio:.2f}':>7}{row['tokens_per_second']:11,.0f}"
-            f"{row['peak_mb']:9,.0f}{row['useful_gflops']:10,.0f}"
-            f"{row['share_of_matrix_rate']:7.0%}  {row['failure'] or ''}".rstrip()
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -38,6 +38,11 @@ class Variant:
         """What glibc reads when the variant's process starts."""
         return TUNED_ALLOCATOR if self.tuned and not self.ours else {}
 
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile runs first, which takes as long as many updates."""
+        return self.settings.get("compile", False)
+
 
 ours = partial(Variant, ours=True)
 BF16, PLAIN, COMPILE = "bfloat16", {"ops": "plain"}, {"compile": True}
@@ -82,7 +87,7 @@ def choose(names: Sequence[str] | None, device: torch.device) -> list[Variant]:
             raise InputError(f"--variants {name!r}; on this device: {'; '.join(known)}")
     chosen = usual if names is None else [v for v in usual + if_asked if v.name in names]
     if not all(v.ours for v in chosen) and not installed("transformers"):
-        raise InputError('the authors\' side needs transformers: pip install "minibert[bench]"')
+        raise InputError('the authors\' side needs transformers: pip install -e ".[bench]"')
     return chosen
 
 

@@ -35,13 +35,15 @@ def run(command: list[str], folder, **options) -> subprocess.CompletedProcess:
 
 def test_the_file_map_is_complete():
     mapped = set(re.findall(r"^\| `([\w/]+\.py)` \|", README, flags=re.MULTILINE))
-    there = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("minibert/**/*.py")}
+    folders = ("minibert/**/*.py", "benchmarks/*.py")
+    there = {path.relative_to(ROOT).as_posix() for name in folders for path in ROOT.glob(name)}
     there |= {path.name for path in ROOT.glob("*.py")}
     assert mapped == {path for path in there if not path.endswith("__init__.py")}
 
 
 def test_every_flag_exists():
     known = FLAGS | {"--tokenizer", "--json", "--to-hf", "--local-dir", "--held-out", "--help"}
+    known |= {"--plot"}  # of benchmarks/losses.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 
