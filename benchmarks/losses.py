@@ -298,7 +298,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
             panel.set_xticks([], minor=True)
             panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def lines_of(
