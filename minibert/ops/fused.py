@@ -27,7 +27,7 @@ KERNELS = True  # False: PyTorch alone, also on a GPU
 LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
 DECODER_AT_ONCE = 2**22  # elements of a decoder that are rounded, or given a gradient, at once
 IN_CACHE = 2**18  # elements that element-wise work goes over at once: 1 MB in float32
-ON_GPU = 2**26  # instead of the last two, where launches cost and no such cache is
+ON_GPU = 2**26  # in place of the last two: there it is the launches that cost
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -386,7 +386,7 @@ def _tiles(num_rows: int, row_size: int, elements: int) -> Iterator[slice]:
 
 
 def _at_once(tensor: Tensor, elements: int) -> int:
-    """Elements of a tile: so many on a CPU."""
+    """Elements of a tile: `elements` on a CPU, `ON_GPU` on a GPU."""
     return ON_GPU if tensor.is_cuda else elements
 
 
