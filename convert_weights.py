@@ -22,7 +22,7 @@ from minibert.config import BertConfig
 from minibert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILES, load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import atomic_folder, read_json, sha256_of_files, write_json
-from minibert.folder import CONFIG, fill_folder, read_folder, tensor_shapes
+from minibert.folder import CONFIG, FLOATS, fill_folder, read_folder, tensor_shapes
 from minibert.hugging_face import find_checkpoint, read_checkpoint
 from minibert.model import BertForMaskedLM, BertModel
 
@@ -55,7 +55,6 @@ NAMES = {
 }
 # fmt: on
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TOKENIZER_CONFIG = "tokenizer_config.json"  # which only Hugging Face reads
 
 
@@ -181,11 +180,17 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in place of second views of one memory, which safetensors does not store."""
-    apart, taken = {}, set()
-    for name, tensor in tensors.items():
-        apart[name] = tensor.clone() if tensor.data_ptr() in taken else tensor
-        taken.add(tensor.data_ptr())
+    """Copies in place of tensors that share memory with another, which safetensors does not store.
+
+    All come back contiguous, in the order they had.
+    """
+    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name in sorted(apart, key=lambda name: apart[name].data_ptr()):
+        start = apart[name].data_ptr()
+        if start < end:
+            apart[name] = apart[name].clone()
+        end = max(end, start + tensors[name].nbytes)
     return apart
 
 

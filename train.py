@@ -3,6 +3,7 @@
     python train.py                                          a demonstration on text of its own
     python train.py --teacher MODEL --data CORPUS --out RUN  the recipe of CompactBioBERT
     python train.py --out RUN --resume                       go on from the newest checkpoint
+    torchrun --nproc-per-node 8 train.py ...                 the same run on eight GPUs
 
 A run folder holds config.json, metrics.jsonl, step_*/ (checkpoints) and at the end student/, a
 model folder (model/ where there is no teacher). `python train.py --help` explains every flag.
@@ -10,9 +11,8 @@ model folder (model/ where there is no teacher). `python train.py --help` explai
 
 import copy
 import dataclasses
-import math
-import shutil
-from pathlib import Path
+import time
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,89 +21,135 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from minibert.config import BertConfig, RunConfig
-from minibert.data import demo
 from minibert.data.batches import Batches, GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
-from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.demonstration import demonstration
+from minibert.errors import ArgumentParser, Stopped, run_command
 from minibert.evaluate import check_fit, evaluate, load_for_corpus
-from minibert.files import sha256_of_files, write_json
+from minibert.files import sha256_of_files
 from minibert.folder import WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
-from minibert.prepare import prepare
-from minibert.progress import counted
 from minibert.student import every_second_layer, student_from_teacher
-from minibert.training.checkpoint import enter_run_folder, load_newest, save_checkpoint
-from minibert.training.device import release_freed_memory, set_up_device
+from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
+from minibert.training.device import out_of_memory_is_told, release_freed_memory, set_up_device
+from minibert.training.distributed import (
+    agreed,
+    exchange_at,
+    from_rank_0,
+    is_restart,
+    local_rank,
+    rank,
+    ranks_joined,
+    shared_gradients,
+    summed,
+    together,
+    world_size,
+)
+from minibert.training.nonfinite import NonfiniteWatch, pass_over_unless_finite
 from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer, learning_rate_at
-from minibert.training.runlog import RunLog
+from minibert.training.runlog import RunLog, how_to_go_on
+from minibert.training.stopping import StopRequest
 
 
 def train(run: RunConfig) -> None:
-    """Train as `run` says, from its beginning or its newest checkpoint, to its end."""
-    # What a run is made of.
-    device = set_up_device(run.device)
-    corpus = Corpus.open(run.data)
-    student, teacher, run = build_models(run, corpus, device)
-    batches = Batches(corpus, run.max_length, run.micro_batch_tokens, run.batch_size, run.seed)
-    held_out = batches.held_out(run.eval_documents)
-    optimizer = build_optimizer(student, run.weight_decay)
-    enter_run_folder(run, identity(run, corpus))
-    first_step = load_newest(run.out, student, optimizer)
-    log = RunLog(run.out, first_step, run.steps)
-    learner, guide = forward_passes(student, teacher, run)
+    """Train as `run` says, from its beginning or its newest checkpoint, to its end.
 
-    if first_step == 0:
-        with log.apart():
-            log.evaluation(0, evaluate(student, counted(held_out, "evaluating"), teacher))
+    Under torchrun every rank is in here: each takes its share of every batch, all take the same
+    updates, and rank 0 writes.
+    """
+    with together():  # what a run is made of
+        device = set_up_device(run.device, local_rank())
+        corpus = Corpus.open(run.data)
+        student, teacher, run = build_models(run, corpus, device)
+        sizes = (run.max_length, run.micro_batch_tokens, run.batch_size)
+        batches = Batches(corpus, *sizes, run.seed, rank(), world_size())
+        held_out = batches.held_out(run.eval_documents)[rank() :: world_size()]
+        optimizer = build_optimizer(student, run.weight_decay)
+        learnt_from = identity(run, corpus)
 
-    steps = range(first_step, run.steps)
-    for step, batch in zip(steps, batches.ahead(steps, device.type == "cuda"), strict=True):
-        # One update: a global batch, its losses, their gradient, the new weights.
-        torch.manual_seed(dropout_seed(run.seed, step))
-        student.train()
-        totals = [0.0] * 5  # for the log: the loss and its four terms
-        for micro_batch in batch.micro_batches:
-            terms = loss_terms(learner, guide, micro_batch.to(device), batch, run)
+    with run_folder(run, learnt_from), StopRequest(run.max_hours) as stop:
+        first_step, skipped = load_newest(run.out, student, optimizer)
+        log = RunLog(run.out, first_step, run.steps)
+        watch = NonfiniteWatch(run, batches, skipped)
+        learner, guide = forward_passes(student, teacher, run)
+        compare = partial(evaluate, student, held_out, teacher)
+        saved_at = time.monotonic()
+
+        steps = range(first_step, run.steps)
+        with batches.ahead(steps, device.type == "cuda") as ahead:
+            for step, batch in zip(steps, ahead, strict=True):
+                if step % run.eval_every == 0:
+                    log.evaluation(step, compare)
+                figures = update(learner, guide, optimizer, batch, step, run)
+
+                # What is told and kept after that many updates.
+                done = step + 1
+                watch.add(done, figures)
+                log.tokens += batch.num_tokens
+                save_due = time.monotonic() - saved_at >= 60 * run.save_minutes
+                end, keep = agreed(stop.is_made(), save_due)
+                keep = keep or end or done % run.save_every == 0 or done == run.steps
+                tell = done % run.log_every == 0 or done == run.steps
+                if tell or keep:  # until then nothing waits for the device
+                    newest = watch.look()
+                if tell:
+                    log.update(done, newest, optimizer.param_groups[0]["lr"], watch.skipped)
+                if keep:
+                    with log.apart():
+                        state = State(done, watch.skipped)
+                        save_checkpoint(run.out, state, student, optimizer, run.keep)
+                    saved_at = time.monotonic()
+                if end and done < run.steps:
+                    log.stopped(done)
+                    raise Stopped(stop.status())
+
+        log.evaluation(run.steps, compare)
+        result = run.out / ("model" if teacher is None else "student")
+        with together():
+            if rank() == 0:
+                save_model(result, student, tokenizer_from=run.data)
+        log.summary(result)
+
+
+def update(
+    student: BertForMaskedLM,
+    teacher: BertForMaskedLM | None,
+    optimizer: torch.optim.Optimizer,
+    batch: GlobalBatch,
+    step: int,
+    run: RunConfig,
+) -> Tensor:
+    """One update: a global batch, its losses, their gradient, the new weights.
+
+    Returns the update's figures (4 + 2 L), as `runlog.named_figures` reads them.
+    """
+    torch.manual_seed(dropout_seed(run.seed, step, rank()))
+    student.train()
+    totals = 0.0
+    for micro_batch in batch.micro_batches:
+        with exchange_at(micro_batch is batch.micro_batches[-1], student):
+            micro_batch = micro_batch.to(student.decoder.device)
+            terms = loss_terms(student, teacher, micro_batch, batch, run)
             loss = (
                 terms.vocabulary_loss  # run.mlm_weight * mlm + run.output_weight * output
                 + run.hidden_weight * terms.hidden_loss.sum()
                 + run.attention_weight * terms.attention_loss.sum()
             )
-            loss.backward()
-            for i, term in enumerate((loss, *terms[1:])):
-                totals[i] = totals[i] + term.detach()
-        grad_norm = clip_grad_norm_(student.parameters(), LARGEST_GRAD_NORM)
-        learning_rate = learning_rate_at(step, run.steps, run.warmup_steps, run.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        # What is told and kept after that many updates.
-        done = step + 1
-        log.tokens += batch.num_tokens
-        if done % 10 == 0:
-            release_freed_memory()  # gaps between tensors of ever new sizes add up
-        tell, compare, keep = (
-            done % every == 0 or done == run.steps
-            for every in (run.log_every, run.eval_every, run.save_every)
-        )
-        if (tell or keep) and not math.isfinite(grad_norm):
-            raise InputError(
-                f"step {done}: the gradient is {grad_norm}; the newest checkpoint stays"
-            )
-        if tell:
-            log.update(done, *totals, learning_rate=learning_rate, grad_norm=grad_norm)
-        with log.apart():
-            if compare:
-                log.evaluation(done, evaluate(student, counted(held_out, "evaluating"), teacher))
-            if keep:
-                save_checkpoint(run.out, done, student, optimizer, run.keep)
-
-    result = run.out / ("model" if teacher is None else "student")
-    save_model(result, student, tokenizer_from=run.data)
-    log.summary(result)
+            (loss * world_size()).backward()  # what is exchanged is the mean over the ranks
+        parts = [part.detach().reshape(-1) for part in (loss, *terms[1:])]
+        totals = totals + torch.cat(parts)
+    totals = summed(totals)
+    grad_norm = clip_grad_norm_(student.parameters(), LARGEST_GRAD_NORM)
+    figures = torch.cat([totals, grad_norm.reshape(1)])
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, run.steps, run.warmup_steps, run.learning_rate)
+    pass_over_unless_finite(optimizer, figures)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if step % 10 == 0:
+        release_freed_memory()  # gaps between tensors of ever new sizes add up
+    return figures
 
 
 class LossTerms(NamedTuple):
@@ -157,15 +203,16 @@ def loss_terms(
     return LossTerms(
         vocabulary_loss=vocabulary_loss,
         mlm_loss=mlm_sum / num_masked,
-        hidden_loss=stacked(hidden_sums) / whole.num_tokens,
-        attention_loss=stacked(attention_sums) / (whole.num_tokens * N * run.max_length),
+        hidden_loss=stacked(hidden_sums, mask.device) / whole.num_tokens,
+        attention_loss=stacked(attention_sums, mask.device)
+        / (whole.num_tokens * N * run.max_length),
         output_loss=output_sum / num_masked,
     )
 
 
-def stacked(scalars: list[Tensor]) -> Tensor:
+def stacked(scalars: list[Tensor], device: torch.device) -> Tensor:
     """L scalars as one tensor (L,), also where there are none."""
-    return torch.stack(scalars) if scalars else torch.zeros(0)
+    return torch.stack(scalars) if scalars else torch.zeros(0, device=device)
 
 
 def build_models(
@@ -206,62 +253,21 @@ def forward_passes(
     if run.compile:  # for the sizes of the first batch, and once more for any
         learner = torch.compile(learner)
         guide = None if guide is None else torch.compile(guide)
-    return learner, guide
+    return shared_gradients(learner), guide
 
 
 def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
     """What a run learns from, as hashes: a resumed run must find the same."""
-    hashes = {"corpus": corpus.corpus_sha256}
+    hashes = {"corpus": corpus.corpus_sha256, "vocabulary": corpus.tokenizer.vocabulary_sha256}
     for name, source in (("teacher", run.teacher), ("model", run.model)):
         if source is not None:
             hashes[name] = sha256_of_files(source / WEIGHTS if source.is_dir() else source)
     return hashes
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """The seed of an update's dropout: a function of (seed, step) alone."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
-
-
-DEMO_DOCUMENTS = 20_000
-DEMO_TEACHER = BertConfig(
-    vocab_size=1_400,
-    hidden_size=64,
-    num_hidden_layers=12,
-    num_attention_heads=4,
-    intermediate_size=256,
-    max_position_embeddings=128,
-    hidden_dropout_prob=0.0,  # it sees every abstract once at most
-    attention_probs_dropout_prob=0.0,
-    initializer_range=0.03,
-)
-DEMO_TEACHING = {"steps": 800, "learning_rate": 4e-3, "warmup_steps": 80, "save_every": 100}
-
-
-def demonstration() -> None:
-    """The whole way on text of our own: a corpus, a teacher of 12 layers, a student of 6."""
-    folder = Path("runs/demo")
-    text, vocabulary, corpus = (folder / n for n in ("abstracts.jsonl", "vocab.txt", "corpus"))
-    teacher, compact = folder / "teacher", folder / "compact"
-    common = {"data": corpus, "batch_size": 16, "max_length": 96, "eval_documents": 300}
-    if not corpus.exists():
-        print(f"1. {DEMO_DOCUMENTS:,} small abstracts are written to {text}")
-        folder.mkdir(parents=True, exist_ok=True)
-        demo.write_abstracts(text, DEMO_DOCUMENTS, seed=0)
-        demo.train_vocabulary(text, vocabulary, DEMO_TEACHER.vocab_size)
-        prepare([text], vocabulary, corpus, show_progress=False)
-    if not (teacher / "model").exists():
-        print("2. A teacher of 12 layers learns from them to fill in masked words")
-        begin = folder / "teacher.json"
-        write_json(begin, DEMO_TEACHER.to_dict())
-        run = {"recipe": "mlm", "model": begin, "out": teacher, **common, **DEMO_TEACHING}
-        begun = (teacher / "config.json").exists()  # and interrupted
-        train(RunConfig.from_flags({"out": teacher, "resume": True} if begun else run))
-    print("3. A student of 6 layers, every second of the teacher's, learns to follow it")
-    shutil.rmtree(compact, ignore_errors=True)
-    run = {"recipe": "compactbiobert", "teacher": teacher / "model", "out": compact, **common}
-    train(RunConfig.from_flags(run | {"steps": 300}))
-    print("Next: BioBERT on PubMed, in README.md")
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a rank's dropout in an update: a function of (seed, step, rank) alone."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def main() -> None:
@@ -269,14 +275,19 @@ def main() -> None:
     RunConfig.add_flags(parser)
     given = vars(parser.parse_args())
     if not given:
-        demonstration()
+        demonstration(train)
         return
-    run = RunConfig.from_flags(given)
-    try:
-        train(run)
-    except KeyboardInterrupt:
-        print(f"\nnothing before the newest checkpoint is lost: --out {run.out} --resume goes on")
-        raise
+    if is_restart():  # by torchrun, after a rank had ended
+        given["resume"] = True
+    with ranks_joined():
+        run = from_rank_0(lambda: RunConfig.from_flags(given))
+        advice = f"less than --micro-batch-tokens {run.micro_batch_tokens} needs less"
+        try:
+            with out_of_memory_is_told(advice):
+                train(run)
+        except KeyboardInterrupt:
+            print(f"\nwhat is saved is not lost: {how_to_go_on(run.out)}")
+            raise
 
 
 if __name__ == "__main__":

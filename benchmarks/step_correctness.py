@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from losses import relative_error
 from torch import Tensor
-from variants import our_update
 from workload import random_models
 
 import train
 from minibert.config import BertConfig, RunConfig
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.model import BertForMaskedLM
-from minibert.training.checkpoint import load_newest, save_checkpoint
+from minibert.training.checkpoint import State, load_newest, save_checkpoint
 from minibert.training.optimizer import build_optimizer
 
 TOY = BertConfig(
@@ -71,15 +70,15 @@ def check_resume(device: torch.device) -> Iterator[dict[str, Any]]:
         student, teacher, _ = toy_models(TOY, device)
         optimizer = build_optimizer(student, run.weight_decay)
         for step in range(2):
-            update(student, teacher, optimizer, run, device, whole, step)
-        save_checkpoint(Path(folder), 2, student, optimizer, keep=1)
-        loss = update(student, teacher, optimizer, run, device, whole, step=2)
+            update(student, teacher, optimizer, run, whole, step)
+        save_checkpoint(Path(folder), State(2), student, optimizer, keep=1)
+        loss = update(student, teacher, optimizer, run, whole, step=2)
 
         resumed, _, _ = toy_models(TOY, device)
         its_optimizer = build_optimizer(resumed, run.weight_decay)
-        done = load_newest(Path(folder), resumed, its_optimizer)
+        done, _ = load_newest(Path(folder), resumed, its_optimizer)
         assert done == 2
-        its_loss = update(resumed, teacher, its_optimizer, run, device, whole, step=done)
+        its_loss = update(resumed, teacher, its_optimizer, run, whole, step=done)
     yield row("resumed: loss of the third update", [its_loss], [loss], RESUME_TOLERANCE)
     weights, its_weights = (
         [part.detach() for part in model.parameters()] for model in (student, resumed)
@@ -116,14 +115,12 @@ def update(
     teacher: BertForMaskedLM,
     optimizer: torch.optim.Optimizer,
     run: RunConfig,
-    device: torch.device,
     whole: GlobalBatch,
     step: int,
 ) -> Tensor:
-    """One update, its dropout a function of the step; returns the loss, a scalar."""
-    torch.manual_seed(step)
+    """One update of train.py; returns the loss, a scalar."""
     learner, guide = train.forward_passes(student, teacher, run)
-    return our_update(student, learner, guide, optimizer, run, device, whole)
+    return train.update(learner, guide, optimizer, whole, step, run)[0]
 
 
 def toy_models(

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from machine import TUNED_ALLOCATOR, installed
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from workload import Work, random_models
 
 import train
 from minibert.config import RunConfig
 from minibert.data.batches import Batches, GlobalBatch
 from minibert.errors import InputError
-from minibert.model import BertForMaskedLM
 from minibert.training.device import set_up_device
-from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer
+from minibert.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -120,38 +118,9 @@ def our_side(work: Work, variant: Variant) -> Side:
 
     def update(batch: GlobalBatch) -> Tensor:
         assert not teacher.training  # it stays in memory, as in a run, for evaluations
-        return our_update(student, learner, guide, optimizer, run, work.device, batch)
+        return train.update(learner, guide, optimizer, batch, 0, run)[0]  # the loss
 
     return work.batches(run.micro_batch_tokens), update
-
-
-def our_update(
-    student: BertForMaskedLM,
-    learner: BertForMaskedLM,
-    guide: BertForMaskedLM,
-    optimizer: torch.optim.Optimizer,
-    run: RunConfig,
-    device: torch.device,
-    batch: GlobalBatch,
-) -> Tensor:
-    """One update of train.py's loop; returns the loss, a scalar."""
-    student.train()
-    total = torch.zeros((), device=device)
-    for micro_batch in batch.micro_batches:
-        terms = train.loss_terms(learner, guide, micro_batch.to(device), batch, run)
-        loss = (
-            terms.vocabulary_loss
-            + run.hidden_weight * terms.hidden_loss.sum()
-            + run.attention_weight * terms.attention_loss.sum()
-        )
-        loss.backward()
-        total += loss.detach()
-    clip_grad_norm_(student.parameters(), LARGEST_GRAD_NORM)
-    for group in optimizer.param_groups:
-        group["lr"] = run.learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total
 
 
 def authors_side(work: Work, variant: Variant) -> Side:

@@ -6,6 +6,7 @@ Both are written as JSON beside what they describe. The flags of `train.py` are 
 
 import dataclasses
 import math
+import reprlib
 from argparse import SUPPRESS, ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
@@ -16,7 +17,11 @@ from minibert.errors import ArgumentParser, InputError
 from minibert.files import read_json
 from minibert.recipes import RECIPES
 
-LARGEST_SIZE = 10_000_000  # of anything in a config.json; whatever is larger is a slip
+# Whatever is larger in a config.json is a slip, or meant to take all memory. The largest BERT that
+# Google published has 24 layers and 340 million parameters.
+LARGEST_SIZE = 10_000_000
+MOST_LAYERS = 1_000
+MOST_PARAMETERS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,33 @@ class BertConfig:
     def __post_init__(self):
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
+            found = f"{entry.name} is {reprlib.repr(value)}"  # which is short, whatever it is
             if entry.type is int:
-                if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
-                    raise InputError(
-                        f"{entry.name} is {value!r}; expected a whole number, 1 to {LARGEST_SIZE:,}"
-                    )
+                largest = MOST_LAYERS if entry.name == "num_hidden_layers" else LARGEST_SIZE
+                if type(value) is not int or not 1 <= value <= largest:
+                    raise InputError(f"{found}; expected a whole number, 1 to {largest:,}")
             elif type(value) not in (int, float) or not 0 <= value < 1:
-                raise InputError(f"{entry.name} is {value!r}; expected a number from 0 to below 1")
+                raise InputError(f"{found}; expected a number from 0 to below 1")
         if self.hidden_size % self.num_attention_heads != 0:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
+        if (parameters := self.num_parameters) > MOST_PARAMETERS:
+            raise InputError(
+                f"sizes of {parameters:,} parameters in all; expected at most {MOST_PARAMETERS:,}"
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model with its masked-language-modelling head."""
+        V, H, I = self.vocab_size, self.hidden_size, self.intermediate_size
+        norm = 2 * H
+        embeddings = (V + self.max_position_embeddings + self.type_vocab_size) * H + norm
+        attention = 4 * (H * H + H) + norm
+        feed_forward = H * I + I + I * H + H + norm
+        head = H * H + H + norm + V
+        return embeddings + self.num_hidden_layers * (attention + feed_forward) + head
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "BertConfig":
@@ -71,7 +91,8 @@ class BertConfig:
         for key, implemented in cls.IMPLEMENTED.items():
             if settings.get(key, implemented) != implemented:
                 raise InputError(
-                    f"{key} is {settings[key]!r}; only {implemented!r} is implemented here"
+                    f"{key} is {reprlib.repr(settings[key])}; "
+                    f"only {implemented!r} is implemented here"
                 )
         fields = {entry.name: entry for entry in dataclasses.fields(cls)}
         missing = [
@@ -141,7 +162,9 @@ class RunConfig:
     )
     data: Path | None = setting(None, "corpus folder made by minibert.prepare", type=Path)
     out: Path | None = setting(None, "run folder to write", type=Path)
-    resume: bool = setting(False, "continue the run in --out", action="store_true")
+    resume: bool = setting(
+        False, "go on with the run in --out, or begin it where there is none", action="store_true"
+    )
     steps: int | None = setting(None, "updates in all", type=number(int, 1))
     batch_size: int | None = setting(None, "sequences in one update", type=number(int, 1))
     micro_batch_tokens: int = setting(
@@ -194,6 +217,15 @@ class RunConfig:
     eval_every: int = setting(1000, "updates between evaluations", type=number(int, 1))
     eval_documents: int = setting(500, "held-out documents of an evaluation", type=number(int, 1))
     save_every: int = setting(1000, "updates between checkpoints", type=number(int, 1))
+    save_minutes: float = setting(
+        15.0, "minutes after which a checkpoint is due", type=number(float, 0, exclusive=True)
+    )
+    max_hours: float | None = setting(
+        None, "save and end after so long, for queues", type=number(float, 0, exclusive=True)
+    )
+    skip_nonfinite: int = setting(
+        0, "updates to pass over whose loss or gradient is not finite", type=number(int, 0)
+    )
     log_every: int = setting(10, "updates between lines of metrics.jsonl", type=number(int, 1))
     keep: int = setting(2, "checkpoints to keep", type=number(int, 1))
 
@@ -202,7 +234,8 @@ class RunConfig:
     CHANGEABLE: ClassVar[tuple[str, ...]] = (
         "teacher", "model", "data", "out", "resume", "steps", "micro_batch_tokens", "device",
         "ops", "compile",
-        "eval_every", "eval_documents", "save_every", "log_every", "keep",
+        "eval_every", "eval_documents", "save_every", "save_minutes", "max_hours",
+        "skip_nonfinite", "log_every", "keep",
     )  # fmt: skip
 
     @classmethod
@@ -227,6 +260,10 @@ class RunConfig:
         if "out" not in given:
             raise InputError("--resume needs --out, the folder of the run to go on with")
         path = given["out"] / "config.json"
+        if not path.exists():
+            if "data" not in given:
+                raise InputError(f"{path}: no such file, no run to go on with")
+            return cls(**given).resolved()
         run = cls.read(path)
         for name, value in given.items():
             if name not in cls.CHANGEABLE and value != getattr(run, name):

@@ -17,6 +17,14 @@ class InputError(ValueError):
     """Something the user gave is wrong."""
 
 
+class Stopped(Exception):
+    """A command ends before its work is done, for a reason that has been told already."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line (the usage text is what `--help` is for).
 
@@ -30,13 +38,25 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(BAD_INPUT_STATUS, f"error: {message} (see {self.prog} --help)\n")
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error says: of the system's own, the file first."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    return " ".join(message.split())  # names from a file may hold line breaks
+
+
 def run_command(main: Callable[[], None]) -> int:
-    """Run a command's `main` and return its exit status: 0, 2 (bad input) or 130 (Ctrl-C)."""
+    """Run a command's `main` and return its exit status.
+
+    0, 2 (bad input), 130 (Ctrl-C), or the one that it stopped with.
+    """
     try:
         main()
+    except Stopped as stopped:
+        return stopped.status
     except (InputError, OSError) as error:
-        message = " ".join(str(error).split())  # names from a file may hold line breaks
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return BAD_INPUT_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,7 +7,7 @@ alone, so that figures of different models and runs can be compared.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,15 +21,21 @@ from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.folder import load_model
 from minibert.model import BertForMaskedLM
 from minibert.progress import counted
+from minibert.training.distributed import summed
+
+MLM_FIGURES = ("mlm_loss", "mlm_accuracy")
+TEACHER_FIGURES = (
+    "teacher_kl", "teacher_agreement", "teacher_mlm_loss", "teacher_mlm_accuracy",
+)  # fmt: skip
 
 
 @torch.inference_mode()
 def evaluate(
     model: BertForMaskedLM,
-    micro_batches: Iterable[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     teacher: BertForMaskedLM | None = None,
 ) -> dict[str, float]:
-    """Means over the masked positions of all micro-batches; nothing where there are none.
+    """Means over the masked positions of all micro-batches (of all ranks); {} where there are none.
 
     `mlm_loss` (nats) and `mlm_accuracy`; with a teacher also `teacher_kl`, KL(teacher || model) in
     nats, and `teacher_agreement`, the share of positions where both prefer the same word; and the
@@ -38,9 +44,9 @@ def evaluate(
     was_training = model.training
     model.eval()  # without dropout
     device = model.decoder.device
-    sums: dict[str, float] = {}
-    num_masked = 0
-    for micro_batch in micro_batches:
+    names = MLM_FIGURES if teacher is None else MLM_FIGURES + TEACHER_FIGURES
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # last: the masked positions
+    for micro_batch in counted(micro_batches, "evaluating"):
         batch = micro_batch.to(device)
         log_probs = _log_probs(model, batch)  # (M, V)
         figures = _mlm_figures(log_probs, batch)
@@ -48,14 +54,13 @@ def evaluate(
             teacher_log_probs = _log_probs(teacher, batch)  # (M, V)
             agreement = log_probs.argmax(dim=-1) == teacher_log_probs.argmax(dim=-1)  # (M,)
             kl = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
-            figures |= {"teacher_kl": kl, "teacher_agreement": agreement.sum()}
-            own = _mlm_figures(teacher_log_probs, batch)
-            figures |= {f"teacher_{name}": value for name, value in own.items()}
-        for name, value in figures.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-        num_masked += len(batch.labels)
+            figures += [kl, agreement.sum(), *_mlm_figures(teacher_log_probs, batch)]
+        sums += torch.tensor([figure.item() for figure in figures] + [len(batch.labels)])
+    *sums, num_masked = summed(sums).tolist()
     model.train(was_training)
-    return {name: value / num_masked for name, value in sums.items()} if num_masked else {}
+    if num_masked == 0:
+        return {}
+    return {name: value / num_masked for name, value in zip(names, sums, strict=True)}
 
 
 def _log_probs(model: BertForMaskedLM, batch: MicroBatch) -> torch.Tensor:
@@ -64,12 +69,12 @@ def _log_probs(model: BertForMaskedLM, batch: MicroBatch) -> torch.Tensor:
     return model.logits(output.head_output).log_softmax(dim=-1)
 
 
-def _mlm_figures(log_probs: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+def _mlm_figures(log_probs: torch.Tensor, batch: MicroBatch) -> list[torch.Tensor]:
     """Sums over the masked positions of cross-entropy and of correct first choices."""
-    return {
-        "mlm_loss": F.nll_loss(log_probs, batch.labels, reduction="sum"),
-        "mlm_accuracy": (log_probs.argmax(dim=-1) == batch.labels).sum(),
-    }
+    return [
+        F.nll_loss(log_probs, batch.labels, reduction="sum"),
+        (log_probs.argmax(dim=-1) == batch.labels).sum(),
+    ]
 
 
 # Two tokenizers of one vocabulary may still cut text in different ways: this text tells.
@@ -126,7 +131,7 @@ def main() -> None:
     teacher = load_for_corpus(flags.teacher, corpus, flags.max_length) if flags.teacher else None
     batches = Batches(corpus, max_length=flags.max_length)
     micro_batches = batches.held_out(flags.documents)
-    figures = evaluate(model, counted(micro_batches, "evaluating"), teacher)
+    figures = evaluate(model, micro_batches, teacher)
     if not figures:
         raise InputError(
             f"{flags.data}: nothing to fill in, {corpus.num_held_out} held-out documents"

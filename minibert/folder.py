@@ -17,21 +17,40 @@ from torch import Tensor
 from minibert.config import BertConfig
 from minibert.data.tokenizer import TOKENIZER_FILES
 from minibert.errors import InputError
-from minibert.files import atomic_folder, read_json, write_json
+from minibert.files import atomic_folder, file_size, parse_json, read_json, write_json
 from minibert.model import BertForMaskedLM, BertModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights may be
+LARGEST_HEADER = 1 << 22  # bytes that say which tensors a file holds; BERT's have 20,000
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata; a damaged file is an InputError."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    """All tensors of a safetensors file and its metadata; a damaged file is an InputError.
+
+    The tensors are the file itself, mapped: until they are copied they take no memory.
+    """
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: not a whole safetensors file ({reason})") from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what the library lets pass: a name twice (it takes the last), any number of names."""
+    size = file_size(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(LARGEST_HEADER, size - 8):
+            raise InputError(f"{path}: not a whole safetensors file (a header of {length:,} bytes)")
+        header = file.read(length)
+    try:
+        parse_json(header)
+    except ValueError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -113,18 +132,25 @@ def read_folder(folder: Path) -> ModelFolder:
                 f"{folder / WEIGHTS}: {name} has shape {found.get(name, 'missing')}; "
                 f"config.json calls for {expected.get(name, 'no such tensor')}"
             )
+        if tensors[name].dtype not in FLOATS:
+            raise InputError(
+                f"{folder / WEIGHTS}: {name} is {tensors[name].dtype}; expected floats"
+            )
     return ModelFolder(model_class, config, tensors, metadata)
 
 
 def load_model(folder: Path) -> BertModel:
     """Read a model folder: a `BertForMaskedLM`, or a `BertModel` where it has no head.
 
-    Weights become float32, in memory of their own. Raises InputError as `read_folder` does.
+    Weights become float32, in memory of their own. Raises InputError as `read_folder` does, and for
+    weights that are not finite: nothing can be computed with them, so the file is damaged.
     """
     model_class, config, tensors, _ = read_folder(folder)
     with torch.device("meta"):
         model = model_class(config)
-    model.load_state_dict(
-        {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}, assign=True
-    )
+    weights = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise InputError(f"{folder / WEIGHTS}: {name} holds NaN or numbers beyond float32")
+    model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -4,17 +4,14 @@ One file or several shards with an index, safetensors or `torch.save`; what the 
 the business of `convert_weights.py`.
 """
 
-import pickle
-import re
-import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from minibert.errors import InputError
 from minibert.files import read_json
 from minibert.folder import read_tensors
+from minibert.torch_save import read_torch_save
 
 INDEX = ".index.json"
 CHECKPOINTS = tuple(  # in a folder, the first that exists is read
@@ -47,36 +44,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
     for shard in shards:
         if Path(shard).name != shard or shard == "..":
             raise InputError(f"{path}: shard {shard!r}; expected the name of a file beside it")
-    tensors, found = {}, set()
+    tensors = {}
     for shard in shards:
         content = _read_file(path.parent / shard)
+        announced = {name for name, place in places.items() if place == shard}
+        if astray := sorted(content.keys() ^ announced):
+            raise InputError(
+                f"{path}: the shards hold something else; at odds: {', '.join(astray)} ({shard})"
+            )
         tensors |= content
-        found |= {(name, shard) for name in content}
-    if astray := sorted({name for name, _ in found ^ set(places.items())}):
-        raise InputError(f"{path}: the shards hold something else; at odds: {', '.join(astray)}")
     return tensors, [path.parent / shard for shard in shards]
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, as they are stored."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    return read_tensors(path)[0] if path.suffix == ".safetensors" else _read_pickled(path)
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `torch.save` file: a pickle, of which only tensors are ever built."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a file that is refused, one line is enough
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            raise InputError(
-                f"{path}: refused, for it holds code ({code[1]}); expected tensors alone"
-            ) from None
-        raise InputError(f"{path}: damaged, or not a PyTorch checkpoint") from None
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise InputError(f"{path}: expected a dict of names and tensors (a state dict)")
-    return {str(name): tensor.detach() for name, tensor in content.items()}
+    return read_tensors(path)[0] if path.suffix == ".safetensors" else read_torch_save(path)

@@ -20,14 +20,8 @@ import authors
 import step
 import step_correctness
 from machine import TUNED_ALLOCATOR
-from variants import COMPILE, Variant, our_update
+from variants import COMPILE, Variant
 from workload import random_models, useful_flops, write_random_corpus
-
-from minibert.data.batches import Batches
-from minibert.folder import WEIGHTS, read_tensors, save_model
-from minibert.model import BertForMaskedLM
-from minibert.training.optimizer import build_optimizer
-from minibert.training.runlog import read_metrics
 
 STILL = dataclasses.replace(TOY_CONFIG, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
@@ -102,29 +96,6 @@ def test_useful_flops_are_those_of_models_without_padding():
             assert student_logits.shape == teacher.logits(taught.head_output).shape
             student_logits.sum().backward()
     assert useful_flops(STILL, len(layers), lengths, 6) == counter.get_total_flops()
-
-
-def test_our_update_is_that_of_train(toy_run, toy_world, tmp_path):
-    """Its loss is the first that train.train logs, and it leaves the same weights."""
-    torch.manual_seed(3)
-    save_model(tmp_path / "still", BertForMaskedLM(STILL), tokenizer_from=toy_world)
-    run = dataclasses.replace(toy_run, teacher=tmp_path / "still", steps=1, warmup_steps=0)
-    train.train(run)
-    (logged,) = (line for line in read_metrics(run.out / "metrics.jsonl") if "loss" in line)
-
-    corpus = step.Corpus.open(run.data)
-    cpu = torch.device("cpu")
-    student, teacher, run = train.build_models(run, corpus, cpu)
-    batches = Batches(corpus, run.max_length, run.micro_batch_tokens, run.batch_size, run.seed)
-    batch = batches.at(0)
-    assert len(batch.micro_batches) > 1
-    learner, guide = train.forward_passes(student, teacher, run)
-    optimizer = build_optimizer(student, run.weight_decay)
-    loss = our_update(student, learner, guide, optimizer, run, cpu, batch)
-    assert loss.item() == pytest.approx(logged["loss"], rel=1e-6)
-    trained, _ = read_tensors(run.out / "step_000001" / WEIGHTS)
-    for name, parameter in student.named_parameters():
-        torch.testing.assert_close(parameter.detach(), trained[name], rtol=1e-6, atol=0, msg=name)
 
 
 def test_all_variants_take_their_turns(monkeypatch, capfd):

@@ -44,6 +44,9 @@ def test_the_file_map_is_complete():
 def test_every_flag_exists():
     known = FLAGS | {"--tokenizer", "--json", "--to-hf", "--local-dir", "--held-out", "--help"}
     known |= {"--plot"}  # of benchmarks/losses.py
+    known |= {"--nnodes", "--nproc-per-node", "--max-restarts"}  # of torchrun
+    known |= {"--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
+    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--time"}  # of sbatch
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 
@@ -52,9 +55,10 @@ def test_the_flags_of_train_are_frozen():
     assert sorted(FLAGS) == [
         "--attention-weight", "--batch-size", "--compile", "--data", "--device", "--dtype",
         "--eval-documents", "--eval-every", "--hidden-weight", "--keep", "--learning-rate",
-        "--log-every", "--max-length", "--micro-batch-tokens", "--mlm-weight", "--model", "--ops",
-        "--out", "--output-weight", "--recipe", "--resume", "--save-every", "--seed", "--steps",
-        "--teacher", "--teacher-layers", "--temperature", "--warmup-steps", "--weight-decay",
+        "--log-every", "--max-hours", "--max-length", "--micro-batch-tokens", "--mlm-weight",
+        "--model", "--ops", "--out", "--output-weight", "--recipe", "--resume", "--save-every",
+        "--save-minutes", "--seed", "--skip-nonfinite", "--steps", "--teacher", "--teacher-layers",
+        "--temperature", "--warmup-steps", "--weight-decay",
     ]  # fmt: skip
 
 
@@ -105,7 +109,7 @@ def test_the_commands_for_biobert_run(workplace):
         assert done.returncode == 0, (command, done.stderr)
     assert (workplace / "compact-biobert-hf" / "model.safetensors").is_file()
     assert {path.name for path in (workplace / "runs" / "compact").iterdir()} == {
-        "config.json", "metrics.jsonl", "step_000002", "student",
+        "config.json", "lock", "metrics.jsonl", "step_000002", "student",
     }  # fmt: skip
 
 

@@ -75,7 +75,6 @@ def refused(toy_world, tmp_path, monkeypatch, capsys):
         ("data", None, "--data is needed"),
         ("teacher", "nowhere", "nowhere: no such folder"),
         ("data", "nowhere", "nowhere: no such corpus folder"),
-        ("resume", "", "no such file"),
     ],
 )
 def test_flags(refused, flag, value, complaint):

@@ -1,20 +1,20 @@
 """metrics.jsonl holds every step once, also after a resumption."""
 
 import json
+import math
 
 import pytest
-import torch
 
 from minibert.errors import InputError
 from minibert.progress import duration
-from minibert.training.runlog import RunLog, read_metrics
+from minibert.training.runlog import RunLog, named_figures, read_metrics
 
 
 def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path):
     log = RunLog(tmp_path, first_step=0, steps=9)
     for step in range(6):
-        log.evaluation(step, {"mlm_loss": float(step)})
-    RunLog(tmp_path, first_step=3, steps=9).evaluation(4, {"mlm_loss": 0.5})
+        log.evaluation(step, lambda step=step: {"mlm_loss": float(step)})
+    RunLog(tmp_path, first_step=3, steps=9).evaluation(4, lambda: {"mlm_loss": 0.5})
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[-1] == {"step": 4, "held_out_mlm_loss": 0.5}
@@ -47,9 +47,42 @@ def test_throughput_counts_updates_alone(tmp_path, monkeypatch):
     with log.apart():
         pass
     log.tokens += 1200
-    value, none = torch.tensor(1.0), torch.zeros(0)
-    terms = {"loss": value, "mlm_loss": value, "output_loss": value}
-    terms |= {"hidden_loss": none, "attention_loss": none}
-    log.update(2, **terms, learning_rate=0.1, grad_norm=value)
+    log.update(2, {"loss": 1.0, "grad_norm": 1.0}, learning_rate=0.1, skipped=0)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["tokens_per_second"] == 200
+    assert "skipped_updates" not in line
+
+
+def test_a_step_that_stands_there_is_not_evaluated_again(tmp_path):
+    RunLog(tmp_path, first_step=0, steps=9).evaluation(3, lambda: {"mlm_loss": 0.5})
+    log = RunLog(tmp_path, first_step=3, steps=9)
+    log.evaluation(3, lambda: pytest.fail("evaluated twice"))
+    log.evaluation(6, lambda: {"mlm_loss": 0.25})
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 6]
+
+
+def test_figures_have_names():
+    row = [7.0, 1.0, 0.25, 0.5, 0.125, 0.0625, 2.0, 3.0]
+    assert named_figures(row) == {
+        "loss": 7.0,
+        "mlm_loss": 1.0,
+        "hidden_loss": 0.75,
+        "attention_loss": 0.1875,
+        "output_loss": 2.0,
+        "hidden_loss_per_layer": [0.25, 0.5],
+        "attention_loss_per_layer": [0.125, 0.0625],
+        "grad_norm": 3.0,
+    }
+    assert named_figures([7.0, 7.0, 0.0, 3.0]) == {"loss": 7.0, "mlm_loss": 7.0, "grad_norm": 3.0}
+
+
+def test_numbers_that_are_none_are_null_and_counted(tmp_path):
+    """JSON has no NaN: strict readers would refuse the whole file."""
+    figures = {"loss": math.nan, "hidden_loss_per_layer": [1.0, math.inf], "grad_norm": -math.inf}
+    RunLog(tmp_path, first_step=0, steps=2).update(1, figures, learning_rate=0.1, skipped=4)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert line["loss"] is line["grad_norm"] is None
+    assert line["hidden_loss_per_layer"] == [1.0, None]
+    assert line["skipped_updates"] == 4

@@ -8,6 +8,7 @@ does not change with the budget.
 Shapes: B sequences of a micro-batch, S its longest sequence, M its masked positions.
 """
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ class MicroBatch(NamedTuple):
 class GlobalBatch(NamedTuple):
     """What one update learns from, and the counts its losses are divided by."""
 
-    micro_batches: list[MicroBatch]
+    micro_batches: list[MicroBatch]  # of this process alone; all else is of the whole batch
     documents: list[int]  # numbers in the corpus, in the order of the epoch
     num_tokens: int  # real tokens, [CLS] and [SEP] included
     num_masked: int
@@ -70,6 +71,7 @@ class Batches:
             may exceed it).
         batch_size: sequences in a global batch.
         seed: of order and masks.
+        rank, world_size: of the processes that share each global batch, the one that this is.
     """
 
     def __init__(
@@ -79,7 +81,12 @@ class Batches:
         micro_batch_tokens: int = 4096,
         batch_size: int = 1,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ):
+        if batch_size < world_size:
+            raise InputError(f"a batch of {batch_size} sequences for {world_size} processes")
+        self.rank, self.world_size = rank, world_size
         self.corpus = corpus
         self.batch_size = batch_size
         self.max_length = max_length
@@ -94,30 +101,52 @@ class Batches:
 
     def at(self, step: int) -> GlobalBatch:
         """The global batch of update `step`, counted from 0."""
-        turns = range(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs_and_documents = [self._whose_turn(turn) for turn in turns]
+        epochs_and_documents = self._epochs_and_documents(step)
         sequences = [
             self._sequence(document, epoch, self.seed, TRAINING)
             for epoch, document in epochs_and_documents
         ]
+        own = longest_first(sequences)[self.rank :: self.world_size]
         return GlobalBatch(
-            micro_batches=self._micro_batches(sequences),
+            micro_batches=self._micro_batches(own),
             documents=[document for _, document in epochs_and_documents],
             num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
             num_masked=sum(int(sequence.masked.sum()) for sequence in sequences),
         )
 
-    def ahead(self, steps: range, pinned: bool) -> Iterator[GlobalBatch]:
+    @contextmanager
+    def ahead(self, steps: range, pinned: bool) -> Iterator[Iterator[GlobalBatch]]:
         """The global batches of `steps`, built by a process of their own while others are used.
 
-        pinned: in memory that a GPU copies from by itself.
+        The process ends with the context. pinned: in memory that a GPU copies from by itself.
         """
-        loader = DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=1, collate_fn=_as_it_comes
-        )
-        with without_interrupts():  # nor in the worker, ever: Ctrl-C is for us to answer
-            iterator = iter(loader)
-        for batch in iterator:
+        others = set(multiprocessing.active_children())
+        with without_signals():  # nor in the worker, ever: they are for us to answer
+            arriving = iter(
+                DataLoader(
+                    self, batch_size=None, sampler=steps, num_workers=1, collate_fn=_as_it_comes
+                )
+            )
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            yield self._received(arriving, pinned)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+
+    def _received(self, arriving: Iterator[Any], pinned: bool) -> Iterator[GlobalBatch]:
+        """What the worker sends as batches of tensors; its errors raised here."""
+        while True:
+            try:
+                batch = next(arriving)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # the worker is gone, perhaps by a file cut short
+                reason = str(error).split("\n")[0]
+                raise InputError(
+                    f"{self.corpus.folder}: its reader ended ({reason}); was a file cut short?"
+                ) from None
             if isinstance(batch, Exception):
                 raise batch
             tensors = [[torch.from_numpy(array) for array in part] for part in batch.micro_batches]
@@ -143,9 +172,16 @@ class Batches:
         first, there = self.corpus.num_training, self.corpus.num_held_out
         count = min(num_documents, there)
         documents = [first + turn * there // count for turn in range(count)]
-        return self._micro_batches(
-            [self._sequence(document, 0, HELD_OUT_SEED, HELD_OUT) for document in documents]
-        )
+        sequences = [self._sequence(document, 0, HELD_OUT_SEED, HELD_OUT) for document in documents]
+        return self._micro_batches(longest_first(sequences))
+
+    def documents(self, step: int) -> list[int]:
+        """Which documents update `step` learns from."""
+        return [document for _, document in self._epochs_and_documents(step)]
+
+    def _epochs_and_documents(self, step: int) -> list[tuple[int, int]]:
+        turns = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._whose_turn(turn) for turn in turns]
 
     def _whose_turn(self, turn: int) -> tuple[int, int]:
         """(epoch, document) of a turn: every training document has one turn an epoch."""
@@ -173,8 +209,7 @@ class Batches:
         return Sequence(np.where(by_random, random_ids, input_ids), original_ids, masked)
 
     def _micro_batches(self, sequences: list[Sequence]) -> list[MicroBatch]:
-        """Longest first (a shortage of memory shows at once), cut where the budget is full."""
-        sequences = sorted(sequences, key=lambda sequence: -len(sequence.input_ids))
+        """Sequences in descending length, cut where the budget is full."""
         micro_batches, first = [], 0
         while first < len(sequences):
             longest = len(sequences[first].input_ids)
@@ -202,22 +237,35 @@ class Batches:
         return MicroBatch(*map(torch.from_numpy, arrays))
 
 
+def longest_first(sequences: list[Sequence]) -> list[Sequence]:
+    """So that a shortage of memory shows at once, and neighbours need little padding."""
+    return sorted(sequences, key=lambda sequence: -len(sequence.input_ids))
+
+
 def _as_it_comes(batch: Any) -> Any:
     """The loader would make tensors of arrays."""
     return batch
 
 
 @contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the end of this; processes begun here never see it."""
+def without_signals() -> Iterator[None]:
+    """Requests to end wait until the end of this; processes begun here never see them.
+
+    DataLoader's own handler, which raises wherever the program is when a worker dies, is undone:
+    the loader tells as well, when the next batch is asked for.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    requests = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

@@ -12,6 +12,7 @@ are read, and in whatever order.
 """
 
 import hashlib
+import reprlib
 import shutil
 from array import array
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import numpy as np
 
 from minibert.data.tokenizer import Tokenizer, load_tokenizer
 from minibert.errors import InputError
-from minibert.files import atomic_folder, read_json, sha256_of_files, write_json
+from minibert.files import atomic_folder, file_size, read_json, sha256_of_files, write_json
 
 FORMAT_VERSION = 1
 TOKENS, OFFSETS, IDS, META = "tokens.bin", "offsets.npy", "ids.txt", "meta.json"
@@ -171,7 +172,7 @@ class Corpus:
             raise InputError(f"{tokenizer.source}: not the vocabulary that {META} names")
         offsets = _map_offsets(folder / OFFSETS, meta)
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        size = _size(folder / TOKENS)
+        size = file_size(folder / TOKENS)
         if size != meta["tokens"] * dtype.itemsize:
             raise InputError(
                 f"{folder / TOKENS}: {size} bytes; {META} calls for {meta['tokens']} tokens "
@@ -193,21 +194,30 @@ class Corpus:
             )
         return tokens
 
-    def document_id(self, document: int) -> str:
-        """The id that a document came with (reads ids.txt up to it: for people, not for loops)."""
+    def document_ids(self, documents: Sequence[int]) -> list[str]:
+        """The ids that documents came with (reads ids.txt once: for people, not for loops)."""
         path = self.folder / IDS
+        file_size(path)  # refuses what is no file
+        wanted = dict.fromkeys(documents, "")
         try:
             with open(path, encoding="utf-8", newline="\n") as file:
-                line = next(islice(file, document, None), "")
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        if not line.endswith("\n"):
-            raise InputError(f"{path}: ends before document {document}")
-        return line[:-1]
+                for document, line in enumerate(islice(file, max(wanted, default=-1) + 1)):
+                    if document in wanted:
+                        wanted[document] = line
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not UTF-8 text") from None
+        for document, line in wanted.items():
+            if not line.endswith("\n"):
+                raise InputError(f"{path}: ends before document {document}")
+        return [wanted[document][:-1] for document in documents]
+
+    def document_id(self, document: int) -> str:
+        """The id that a document came with; for several ask at once."""
+        return self.document_ids([document])[0]
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 EXPECTED_IN_META = {
@@ -228,7 +238,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
         if key not in meta:
             raise InputError(f"{path}: {key} missing")
         if not is_expected(meta[key]):
-            raise InputError(f"{path}: {key} is {meta[key]!r}, not what this version writes")
+            raise InputError(
+                f"{path}: {key} is {reprlib.repr(meta[key])}, not what this version writes"
+            )
     if meta["documents"] <= meta["held_out_documents"]:
         raise InputError(f"{path}: no documents to train on ({meta['documents']} held out)")
     return meta
@@ -236,12 +248,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _map_offsets(path: Path, meta: dict[str, Any]) -> np.ndarray:
     """(documents + 1,) int64, memory-mapped: rises from 0 to the number of tokens."""
-    _size(path)
+    file_size(path)
     try:
         offsets = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole NumPy file ({error})") from None
+    except Exception as error:  # a damaged header makes NumPy raise nearly anything
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: not a whole NumPy file ({reason})") from None
     expected = (meta["documents"] + 1,)
+    if not isinstance(offsets, np.ndarray):
+        raise InputError(f"{path}: an archive; expected int64 of shape {expected}")
     if offsets.dtype != np.int64 or offsets.shape != expected:
         raise InputError(
             f"{path}: {offsets.dtype} of shape {offsets.shape}; expected int64 of shape {expected}"
@@ -254,11 +269,3 @@ def _map_offsets(path: Path, meta: dict[str, Any]) -> np.ndarray:
     if len(not_longer):
         raise InputError(f"{path}: document {not_longer[0]} ends where it begins, or before")
     return offsets
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file of the corpus."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None

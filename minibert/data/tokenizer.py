@@ -2,14 +2,18 @@
 
 A `vocab.txt` is read as BERT's cased WordPiece (google-research/bert, `do_lower_case=False`): clean
 the text, set CJK characters apart, split at white space and punctuation, then take the longest
-known piece from the left. A `tokenizer.json` is taken as it is, less its truncation and padding.
+known piece from the left. A `tokenizer.json` is taken as it is, less its truncation, padding and
+post-processing, if it is made of parts that BERT's tokenizers are made of.
 """
 
 import hashlib
+import reprlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers.models import WordPiece
@@ -17,8 +21,25 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from minibert.errors import InputError
+from minibert.files import parse_json, read_bytes, read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # in a folder, the first that exists is used
+
+LARGEST_VOCABULARY = 1_000_000  # ids; BERT has 28,996, the largest of its kind half a million
+
+# The parts that a tokenizer.json may name. None makes text longer again and again (a sequence of
+# `Replace` could, without end), and BERT's models need no others: they know words and their pieces.
+KNOWN_PARTS = {
+    "model": ("WordPiece", "WordLevel"),
+    "normalizer": (
+        "Sequence", "BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip",
+        "StripAccents", "Nmt",
+    ),
+    "pre_tokenizer": (
+        "Sequence", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits",
+        "CharDelimiterSplit", "Split", "UnicodeScripts",
+    ),
+}  # fmt: skip
 
 
 class SpecialIds(NamedTuple):
@@ -64,8 +85,10 @@ class Tokenizer:
 
         Text is only text: a "[PAD]" that an author wrote (peripheral artery disease) becomes
         BERT's pieces of its letters, as in google-research/bert, and not the padding token.
+        Raises InputError where the tokenizer cannot (its pattern never ends, say).
         """
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        with _refusing(f"{self.source}: cannot cut text"):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def save(self, folder: Path) -> None:
@@ -85,13 +108,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         backend = _read_backend(source)
     backend.no_truncation()
     backend.no_padding()
+    backend.post_processor = None  # nothing is to be added or left out
     backend.encode_special_tokens = True  # encode what looks like a special token as plain text
 
     ids = backend.get_vocab(with_added_tokens=True)
+    if len(set(ids.values())) < len(ids):
+        raise InputError(f"{source}: several tokens with one id; expected an id for each")
     missing = [token for token in SPECIAL_TOKENS.values() if token not in ids]
     if missing:
         raise InputError(f"{source}: no {' '.join(missing)} in the vocabulary; BERT needs each")
     vocab_size = max(ids.values()) + 1
+    if vocab_size > LARGEST_VOCABULARY:
+        raise InputError(f"{source}: an id {vocab_size - 1:,}; at most {LARGEST_VOCABULARY:,} ids")
     tokens = [""] * vocab_size  # an id that no token has counts as an empty token
     for token, token_id in ids.items():
         tokens[token_id] = token
@@ -126,19 +154,19 @@ def _standard_name(source: Path) -> str:
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     """Token -> id from a file with one token a line; the line number, from 0, is the id."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    text = read_text(path)
     if not text:
         raise InputError(f"{path}: empty; expected one token a line")
+    if (tokens := text.count("\n")) > LARGEST_VOCABULARY:
+        raise InputError(
+            f"{path}: {tokens:,} lines; expected at most {LARGEST_VOCABULARY:,} tokens"
+        )
     vocabulary: dict[str, int] = {}
     # Not splitlines(): U+2028 and its like are tokens of some vocabularies.
     for token_id, token in enumerate(text.removesuffix("\n").split("\n")):
         if token in vocabulary:
-            raise InputError(
-                f"{path}: line {token_id + 1} repeats {token!r} of line {vocabulary[token] + 1}"
-            )
+            first = vocabulary[token] + 1
+            raise InputError(f"{path}: line {token_id + 1} repeats {token[:100]!r} of line {first}")
         vocabulary[token] = token_id
     return vocabulary
 
@@ -155,8 +183,50 @@ def _wordpiece(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    """A `tokenizer.json`, read by the library that wrote it."""
+    """A `tokenizer.json`, read by the library that wrote it, after a look at what it is made of."""
+    text = read_bytes(path)
+    with _refusing(f"{path}: not a readable tokenizer.json"):
+        content = parse_json(text)
+        _check_parts(content)
+        backend = tokenizers.Tokenizer.from_buffer(text)
+        _check_kind("model", type(backend.model).__name__)  # some old files do not name it
+        for token in content.get("added_tokens") or ():
+            if backend.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"added token {token['content']!r} has another id")
+    return backend
+
+
+def _check_parts(content: Any) -> None:
+    """Refuse, as a ValueError, a tokenizer of other parts than KNOWN_PARTS, or of too many."""
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("it has no model")
+    _check_kind("model", content["model"].get("type", "WordPiece"))
+    if len(content["model"].get("vocab", ())) > LARGEST_VOCABULARY:
+        raise ValueError(f"more than {LARGEST_VOCABULARY:,} tokens")
+    for kind in ("normalizer", "pre_tokenizer"):
+        waiting = [content[kind]] if content.get(kind) else []
+        while waiting:
+            part = waiting.pop()
+            _check_kind(kind, part["type"])
+            waiting += part.get("normalizers", part.get("pretokenizers", ()))
+
+
+def _check_kind(part: str, name: Any) -> None:
+    """Refuse, as a ValueError, a part that is not among the known ones."""
+    if name not in KNOWN_PARTS[part]:
+        known = ", ".join(KNOWN_PARTS[part])
+        raise ValueError(f"{part} is {reprlib.repr(name)}; expected {known}")
+
+
+@contextmanager
+def _refusing(complaint: str) -> Iterator[None]:
+    """Whatever goes wrong in the library becomes an InputError.
+
+    It raises nothing specific, and a panic of its Rust code is not even an Exception.
+    """
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"{path}: not a readable tokenizer.json ({error})") from None
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{complaint} ({error})") from None

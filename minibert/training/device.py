@@ -1,16 +1,17 @@
-"""Where to compute, and what a float32 product is there."""
+"""Where to compute, what a float32 product is there, and memory: kept, and not enough."""
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from minibert.errors import InputError
 
 
-def set_up_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; `cuda` without one is an InputError.
+def set_up_device(name: str, number: int = 0) -> torch.device:
+    """`auto` is the GPU where there is one; `cuda` without one, or without `number`: InputError.
 
     On a CPU freed memory is kept. A product of float32 matrices stays one of float32: TF32 is off
     on GPUs, and a CPU takes oneDNN where that does not round (on some CPUs twice as fast as MKL;
@@ -20,6 +21,10 @@ def set_up_device(name: str) -> torch.device:
         raise InputError("--device cuda: this machine has no CUDA device that torch can use")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and number > 0:
+        if number >= torch.cuda.device_count():
+            raise InputError(f"no GPU {number} (counted from 0) for this process on this machine")
+        torch.cuda.set_device(number)  # from here on `cuda` is that one
     torch.set_float32_matmul_precision("highest")
     if name == "cpu":
         keep_freed_memory()
@@ -27,6 +32,18 @@ def set_up_device(name: str) -> torch.device:
         if not _products_are_float32():
             torch.set_float32_matmul_precision("highest")
     return torch.device(name)
+
+
+@contextmanager
+def out_of_memory_is_told(advice: str) -> Iterator[None]:
+    """Memory that is not there is the user's to mend: an InputError with `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own for GPUs is a RuntimeError
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not memory and "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        raise InputError(f"out of memory; {advice}") from None
 
 
 def _products_are_float32() -> bool:

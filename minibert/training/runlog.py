@@ -1,17 +1,17 @@
 """What a run tells: one JSON object a log step for programs, one line of progress for people."""
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from minibert.errors import InputError
-from minibert.files import atomic_file
+from minibert.files import atomic_file, naming
 from minibert.progress import ProgressLine, duration
+from minibert.training.distributed import from_rank_0, rank
 
 METRICS = "metrics.jsonl"
 HELD_OUT_LOSS = "held_out_mlm_loss"  # every line about an evaluation has it
@@ -27,13 +27,20 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int, steps: int):
         self.path = folder / METRICS
         self.first_step, self.steps = first_step, steps
+        self.tells = rank() == 0  # the other ranks keep count alone
         self.line = ProgressLine()
         self.tokens = 0  # learnt from since the last line about an update
         self.seconds_in_all = 0.0  # of updates, in this process
-        kept = [line for line in read_metrics(self.path) if 0 < first_step >= line["step"]]
+        self.evaluated = from_rank_0(self._cut)  # the steps that were
+        self.clock = time.perf_counter()
+
+    def _cut(self) -> set[int]:
+        """Drop the lines after the first step; returns the steps that have been evaluated."""
+        lines = read_metrics(self.path)
+        kept = [line for line in lines if 0 < self.first_step >= line["step"]]
         with atomic_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.clock = time.perf_counter()
+        return {line["step"] for line in kept if HELD_OUT_LOSS in line}
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -45,58 +52,64 @@ class RunLog:
     def update(
         self,
         step: int,
-        loss: Tensor,
-        mlm_loss: Tensor,
-        hidden_loss: Tensor,
-        attention_loss: Tensor,
-        output_loss: Tensor,
+        figures: dict[str, float | list[float]],
         learning_rate: float,
-        grad_norm: Tensor,
+        skipped: int,
     ) -> None:
         """Add a line about the update that was just done, and show progress.
 
-        Loss terms are unweighted; `hidden_loss` and `attention_loss` (L,) are written as their sums
-        and, under `..._per_layer`, as lists. Throughput is that since the last such line.
+        Throughput is that since the last such line; `skipped` counts the updates so far that were
+        passed over, and is written once there is one. What is not finite is written as null.
         """
-        figures = {"loss": loss.item(), "mlm_loss": mlm_loss.item()}
-        if len(hidden_loss):  # there is a teacher
-            figures |= {
-                "hidden_loss": hidden_loss.sum().item(),
-                "attention_loss": attention_loss.sum().item(),
-                "output_loss": output_loss.item(),
-                "hidden_loss_per_layer": hidden_loss.tolist(),
-                "attention_loss_per_layer": attention_loss.tolist(),
-            }
-        now = time.perf_counter()  # after .item(): a GPU has done all that was asked of it
+        now = time.perf_counter()
         self.seconds_in_all += now - self.clock
         tokens_per_second = self.tokens / (now - self.clock)
         self.tokens, self.clock = 0, now
+        counts = {"skipped_updates": skipped} if skipped else {}
+        figures = {name: _finite(value) for name, value in figures.items()}
         self._write(
             step,
             **figures,
             learning_rate=learning_rate,
-            grad_norm=grad_norm.item(),
             tokens_per_second=round(tokens_per_second, 1),
+            **counts,
         )
+        if not self.tells:
+            return
         left = (self.steps - step) * self.seconds_in_all / (step - self.first_step)
         terms = "  ".join(
             f"{name.removesuffix('_loss')} {value:.3f}"
             for name, value in figures.items()
-            if isinstance(value, float)
+            if name.endswith("loss") and value is not None
         )
         self.line.show(
             f"step {step}/{self.steps}  {terms}  {tokens_per_second:,.0f} tokens/s  "
             f"{duration(left)} left"
         )
 
-    def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """Add a line with the figures of `minibert.evaluate`, each under `held_out_...`."""
+    def evaluation(self, step: int, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Add a line with the figures of `minibert.evaluate`, each under `held_out_...`.
+
+        Nothing is done where the run had evaluated this step before it was stopped.
+        """
+        if step in self.evaluated:
+            return
+        with self.apart():
+            figures = evaluate()
         self.line.clear()
         if figures:  # there are none where no document is held out
             self._write(step, **{f"held_out_{name}": value for name, value in figures.items()})
 
+    def stopped(self, step: int) -> None:
+        """Say that the run ends before its end, and how to go on."""
+        self.line.clear()
+        if self.tells:
+            print(f"saved after {step} of {self.steps} updates: {how_to_go_on(self.path.parent)}")
+
     def summary(self, result: Path) -> None:
         """Print what the run began with, what it ended with, and where the result lies."""
+        if not self.tells:
+            return
         self.line.clear()
         if evaluations := [line for line in read_metrics(self.path) if HELD_OUT_LOSS in line]:
             first, last = evaluations[0], evaluations[-1]
@@ -109,8 +122,41 @@ class RunLog:
 
     def _write(self, step: int, **figures: Any) -> None:
         """Add a line to metrics.jsonl."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self.tells:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def how_to_go_on(run_folder: Path) -> str:
+    return f"--out {run_folder} --resume goes on"
+
+
+def named_figures(row: list[float]) -> dict[str, float | list[float]]:
+    """The figures of an update by name.
+
+    row: loss, mlm_loss, hidden_loss of each of L layers, attention_loss of each, output_loss,
+    grad_norm; L is 0 where no teacher is followed, and then there is no output_loss.
+    """
+    loss, mlm_loss, *layers, output_loss, grad_norm = row
+    L = len(layers) // 2
+    figures = {"loss": loss, "mlm_loss": mlm_loss}
+    if L > 0:
+        hidden_loss, attention_loss = layers[:L], layers[L:]
+        figures |= {
+            "hidden_loss": sum(hidden_loss),
+            "attention_loss": sum(attention_loss),
+            "output_loss": output_loss,
+            "hidden_loss_per_layer": hidden_loss,
+            "attention_loss_per_layer": attention_loss,
+        }
+    return figures | {"grad_norm": grad_norm}
+
+
+def _finite(value: float | list[float]) -> float | list | None:
+    """JSON has no numbers that are none."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
