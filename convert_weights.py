@@ -3,195 +3,31 @@
     python convert_weights.py biobert-hf models/biobert    a teacher, from folder or file
     python convert_weights.py --to-hf MODEL FOLDER         what any BERT tool reads
 
-One total table of names serves both ways: every tensor of a source is used or dropped by name,
-every tensor of ours is filled, and anything else is an error that lists them all. Nothing is
-rounded: a float16 tensor stays float16 (`load_model` widens it when it is used).
+The table of names is in `minibert/names.py`. Nothing is rounded: a float16 tensor stays float16
+(`load_model` widens it when it is used).
 """
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from minibert.config import BertConfig
-from minibert.data.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILES, load_tokenizer
+from minibert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import atomic_folder, read_json, sha256_of_files, write_json
-from minibert.folder import CONFIG, FLOATS, fill_folder, read_folder, tensor_shapes
-from minibert.hugging_face import find_checkpoint, read_checkpoint
+from minibert.folder import CONFIG, fill_folder, read_folder
+from minibert.heads import head_of, read_fine_tuned
+from minibert.hugging_face import (
+    TOKENIZER_CONFIG,
+    check_tokenizer,
+    find_checkpoint,
+    read_checkpoint,
+)
 from minibert.model import BertForMaskedLM, BertModel
-
-# `#` is the number of a layer, `*` is weight and bias. None: dropped, for nothing here uses it.
-# Where two rows have the same right side the tensors are one (tied): bitwise equal, stored once,
-# and written back under the upper name.
-# fmt: off
-NAMES = {
-    # Hugging Face (google-research/bert)                minibert
-    "bert.embeddings.word_embeddings.weight":            "embeddings.word_embeddings.weight",
-    "bert.embeddings.position_embeddings.weight":        "embeddings.position_embeddings.weight",
-    "bert.embeddings.token_type_embeddings.weight":      "embeddings.token_type_embeddings.weight",
-    "bert.embeddings.LayerNorm.*":                       "embeddings.layer_norm.*",
-    "bert.encoder.layer.#.attention.self.query.*":       "layers.#.query.*",
-    "bert.encoder.layer.#.attention.self.key.*":         "layers.#.key.*",
-    "bert.encoder.layer.#.attention.self.value.*":       "layers.#.value.*",
-    "bert.encoder.layer.#.attention.output.dense.*":     "layers.#.attention_output.*",
-    "bert.encoder.layer.#.attention.output.LayerNorm.*": "layers.#.attention_layer_norm.*",
-    "bert.encoder.layer.#.intermediate.dense.*":         "layers.#.intermediate.*",
-    "bert.encoder.layer.#.output.dense.*":               "layers.#.output.*",
-    "bert.encoder.layer.#.output.LayerNorm.*":           "layers.#.output_layer_norm.*",
-    "cls.predictions.transform.dense.*":                 "head.dense.*",
-    "cls.predictions.transform.LayerNorm.*":             "head.layer_norm.*",
-    "cls.predictions.bias":                              "head.decoder_bias",
-    "cls.predictions.decoder.bias":                      "head.decoder_bias",
-    "cls.predictions.decoder.weight":                    "embeddings.word_embeddings.weight",
-    "bert.embeddings.position_ids":                      None,  # a buffer: 0, 1, 2, ...
-    "bert.pooler.dense.*":                               None,  # for the next-sentence head
-    "cls.seq_relationship.*":                            None,  # the next-sentence head
-}
-# fmt: on
-OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-TOKENIZER_CONFIG = "tokenizer_config.json"  # which only Hugging Face reads
-
-
-def names_of(num_hidden_layers: int) -> dict[str, str | None]:
-    """The table for a model of so many layers, each tensor by its full name."""
-    names = {}
-    for theirs, ours in NAMES.items():
-        layers = range(num_hidden_layers) if "#" in theirs else [0]
-        kinds = ("weight", "bias") if "*" in theirs else [""]
-        for layer, kind in product(map(str, layers), kinds):
-            full_name = theirs.replace("#", layer).replace("*", kind)
-            names[full_name] = ours and ours.replace("#", layer).replace("*", kind)
-    return names
-
-
-def hugging_face_names_of(num_hidden_layers: int) -> dict[str, str]:
-    """The table from right to left; of tied tensors the upper name stands."""
-    names = names_of(num_hidden_layers)
-    return {ours: theirs for theirs, ours in reversed(names.items()) if ours is not None}
-
-
-class Translation(NamedTuple):
-    """A source under our names, and what was not taken over."""
-
-    tensors: dict[str, Tensor]
-    tied: list[str]  # second copies of a tensor: bitwise equal, not stored again
-    dropped: list[str]
-
-
-def to_our_names(
-    source: Mapping[str, Tensor],
-    config: BertConfig,
-    model_class: type[BertModel],
-    drop: Sequence[str] = (),
-) -> Translation:
-    """Take a checkpoint over, tensor by tensor; names that match a glob of `drop` are left out.
-
-    Raises InputError that lists every tensor that is unknown, missing, of the wrong shape or type,
-    or unequal to the one it is tied to.
-    """
-    shapes = tensor_shapes(model_class, config)
-    names = names_of(config.num_hidden_layers)
-    if model_class is BertModel:
-        names |= {theirs: None for theirs in names if theirs.startswith("cls.")}
-
-    unknown, dropped = [], []
-    claims: dict[str, list[str]] = {}  # our name -> the source tensors that stand for it
-    for name in source:
-        if any(fnmatchcase(name, pattern) for pattern in drop):
-            dropped.append(name)
-        elif standard_name(name) not in names:
-            unknown.append(name)
-        elif (ours := names[standard_name(name)]) is None:
-            dropped.append(name)
-        else:
-            claims.setdefault(ours, []).append(name)
-
-    misshapen = [
-        f"{name} {describe(source[name])}, not {shapes[ours]} floats"
-        for ours, claimants in claims.items()
-        for name in claimants
-        if tuple(source[name].shape) != shapes[ours] or not is_plain(source[name])
-    ]
-    unequal = [
-        f"{name} and {first}"
-        for first, *others in claims.values()
-        for name in others
-        if not same_bits(source[first], source[name])
-    ]
-    idle = [pattern for pattern in drop if not any(fnmatchcase(name, pattern) for name in source)]
-    problems = {
-        "unknown tensors (--drop PATTERN leaves them out)": unknown,
-        **missing_tensors([ours for ours in shapes if ours not in claims], config),
-        "wrong shape or type": misshapen,
-        "tied, but not equal": unequal,
-        "--drop matches nothing": idle,
-    }
-    found = [f"{kind}: {', '.join(what)}" for kind, what in problems.items() if what]
-    if found:
-        raise InputError("; ".join(found))
-    tensors = {ours: source[claims[ours][0]] for ours in shapes}
-    tied = [name for _, *others in claims.values() for name in others]
-    return Translation(without_aliases(tensors), tied, dropped)
-
-
-def standard_name(name: str) -> str:
-    """A name as the table has it: with `bert.`, and LayerNorm's tensors called weight and bias."""
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
-
-
-def missing_tensors(missing: list[str], config: BertConfig) -> dict[str, list[str]]:
-    """Unfilled tensors under the names that the source should have, the head apart if all of it."""
-    names = hugging_face_names_of(config.num_hidden_layers)
-    head = [ours for ours in names if ours.startswith("head.")]
-    if not set(head) <= set(missing):
-        return {"missing tensors": [names[ours] for ours in missing]}
-    return {
-        "missing tensors": [names[ours] for ours in missing if ours not in head],
-        "no MLM head (a teacher needs one; --encoder-only does without)": [
-            names[ours] for ours in head
-        ],
-    }
-
-
-def describe(tensor: Tensor) -> str:
-    """For people: `(3, 5) int64`."""
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is dense numbers in memory: not quantised, sparse or without content."""
-    return tensor.dtype in FLOATS and tensor.layout is torch.strided and tensor.device.type == "cpu"
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equality of shape, dtype and every bit (`==` has 0 == -0 and NaN != NaN)."""
-    if describe(left) != describe(right) or not is_plain(left) or not is_plain(right):
-        return False
-    whole_numbers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
-    return torch.equal(left.view(whole_numbers), right.view(whole_numbers))
-
-
-def without_aliases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in place of tensors that share memory with another, which safetensors does not store.
-
-    All come back contiguous, in the order they had.
-    """
-    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    end = 0
-    for name in sorted(apart, key=lambda name: apart[name].data_ptr()):
-        start = apart[name].data_ptr()
-        if start < end:
-            apart[name] = apart[name].clone()
-        end = max(end, start + tensors[name].nbytes)
-    return apart
+from minibert.names import HEAD_NAMES, hugging_face_names_of, to_our_names
+from minibert.names import names_of as names_of  # the table, for those who import this command
 
 
 def from_hugging_face(
@@ -233,20 +69,28 @@ def from_hugging_face(
 def to_hugging_face(model: Path, out: Path) -> str:
     """Write the Hugging Face folder `out` from a model folder of ours; returns a summary."""
     refuse_existing(out)
-    model_class, config, tensors, metadata = read_folder(model)
+    for result in (model / "student", model / "model"):
+        if result.is_dir():
+            raise InputError(f"{model}: the folder of a run; its model is {result}")
+    is_fine_tuned = head_of(model) is not None
+    stored = read_fine_tuned(model) if is_fine_tuned else read_folder(model)
+    model_class, config, tensors, metadata = stored[:4]
     tokenizer = check_tokenizer(model, config)
-    names = hugging_face_names_of(config.num_hidden_layers)
+    L = config.num_hidden_layers
+    names = hugging_face_names_of(L) | hugging_face_names_of(L, HEAD_NAMES)
     prefix = "bert." if model_class is BertModel else ""  # which a bare encoder does not have
     theirs = {names[ours].removeprefix(prefix): tensor for ours, tensor in tensors.items()}
     with atomic_folder(out) as partial:
         fill_folder(partial, theirs, config, model_class, model, metadata | {"format": "pt"})
+        settings = read_json(partial / CONFIG)
+        if is_fine_tuned:
+            settings |= stored.label_settings
         if tokenizer:
-            settings = read_json(partial / CONFIG)
-            pad_token_id = load_tokenizer(model).pad_id
-            write_json(partial / CONFIG, settings | {"pad_token_id": pad_token_id})
+            settings["pad_token_id"] = load_tokenizer(model).pad_id
             write_json(partial / TOKENIZER_CONFIG, tokenizer_settings(tokenizer, config))
+        write_json(partial / CONFIG, settings)
 
-    auto_class = "AutoModel" if model_class is BertModel else "AutoModelForMaskedLM"
+    auto_class = f"AutoModel{model_class.__name__.removeprefix('Bert').removeprefix('Model')}"
     return summary(
         read=f"{model}: {len(tensors)} tensors",
         wrote=f"{out}: {model_class.__name__}, {sizes_of(tensors, config)}",
@@ -259,24 +103,6 @@ def refuse_existing(out: Path) -> None:
     """Nothing is ever replaced: a converted model may be the start of runs."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: exists already; expected the name of a new folder")
-
-
-def check_tokenizer(folder: Path, config: BertConfig) -> list[str]:
-    """The tokenizer files of a folder, after making sure that they fit the embeddings."""
-    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    for name in found:
-        tokens = load_tokenizer(folder / name).vocab_size
-        if tokens > config.vocab_size or (name == "vocab.txt" and tokens != config.vocab_size):
-            raise InputError(
-                f"{folder / name}: {tokens} tokens; vocab_size in {CONFIG} is {config.vocab_size}"
-            )
-    settings = folder / TOKENIZER_CONFIG
-    if found == ["vocab.txt"] and settings.is_file() and read_json(settings).get("do_lower_case"):
-        raise InputError(
-            f"{settings}: do_lower_case is true, but a vocab.txt is read as cased here "
-            f"(an uncased model needs its tokenizer.json)"
-        )
-    return found
 
 
 def tokenizer_settings(tokenizer: list[str], config: BertConfig) -> dict[str, object]:

@@ -30,7 +30,8 @@ from minibert.files import sha256_of_files
 from minibert.folder import WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
-from minibert.student import every_second_layer, student_from_teacher
+from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
+from minibert.student import Student, layers_to_follow, new_student, without_projection
 from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
 from minibert.training.device import out_of_memory_is_told, release_freed_memory, set_up_device
 from minibert.training.distributed import (
@@ -73,7 +74,7 @@ def train(run: RunConfig) -> None:
         log = RunLog(run.out, first_step, run.steps)
         watch = NonfiniteWatch(run, batches, skipped)
         learner, guide = forward_passes(student, teacher, run)
-        compare = partial(evaluate, student, held_out, teacher)
+        compare = partial(evaluate, without_projection(student), held_out, teacher)
         saved_at = time.monotonic()
 
         steps = range(first_step, run.steps)
@@ -108,12 +109,12 @@ def train(run: RunConfig) -> None:
         result = run.out / ("model" if teacher is None else "student")
         with together():
             if rank() == 0:
-                save_model(result, student, tokenizer_from=run.data)
+                save_model(result, without_projection(student), tokenizer_from=run.data)
         log.summary(result)
 
 
 def update(
-    student: BertForMaskedLM,
+    student: Student,
     teacher: BertForMaskedLM | None,
     optimizer: torch.optim.Optimizer,
     batch: GlobalBatch,
@@ -122,7 +123,7 @@ def update(
 ) -> Tensor:
     """One update: a global batch, its losses, their gradient, the new weights.
 
-    Returns the update's figures (4 + 2 L), as `runlog.named_figures` reads them.
+    Returns the update's figures, as `runlog.named_figures` reads them.
     """
     torch.manual_seed(dropout_seed(run.seed, step, rank()))
     student.train()
@@ -157,74 +158,81 @@ class LossTerms(NamedTuple):
 
     vocabulary_loss: Tensor  # (): mlm_weight * mlm_loss + output_weight * output_loss
     mlm_loss: Tensor  # () without gradient, for the log
-    hidden_loss: Tensor  # (L,) one for each student layer
-    attention_loss: Tensor  # (L,)
+    hidden_loss: Tensor  # one for each of the run's hidden_pairs
+    attention_loss: Tensor  # one for each of its attention_pairs
     output_loss: Tensor  # () without gradient, for the log
 
 
 def loss_terms(
-    student: BertForMaskedLM,
+    student: Student,
     teacher: BertForMaskedLM | None,
     batch: MicroBatch,
     whole: GlobalBatch,
     run: RunConfig,
 ) -> LossTerms:
-    """Run student and teacher on a micro-batch and compare them.
+    """Run student and teacher on a micro-batch and compare them, in what the run's recipe names.
 
     Every term is a sum over the micro-batch divided by a count over the `whole` global batch; so
-    the terms of all micro-batches add up to the same, however the batch was cut.
+    the terms of all micro-batches add up to the same, however the batch was cut. Where the authors
+    take a mean over padded maps or hidden states, padding counts; here only real tokens do, and a
+    row of a map has `run.max_length` elements: the same where every text is that long.
     """
-    N = student.config.num_attention_heads
     ops = {"fused": fused, "plain": plain}[run.ops]
+    hidden_state_loss = getattr(ops, HIDDEN_LOSSES[run.recipe.hidden_loss])
+    attention_map_loss = getattr(ops, ATTENTION_LOSSES[run.recipe.attention_loss])
     mask = batch.attention_mask
     where = {"attention_mask": mask, "masked_positions": batch.masked_positions, "ops": ops}
-    # Student layer i follows teacher layer layers[i].
-    layers = () if teacher is None else run.teacher_layers
     half = torch.bfloat16 if run.dtype == "bfloat16" else None
-    learnt = student(batch.input_ids, **where, keep=range(len(layers)), dtype=half)
+    student_maps = [i for i, _ in run.attention_pairs]
+    learnt = student(batch.input_ids, **where, keep=student_maps, dtype=half)
     student_head = (learnt.head_output, student.decoder, student.decoder_bias)
     teacher_head = (None, None, None)
     hidden_sums, attention_sums = [], []
     if teacher is not None:
         assert not teacher.training, "the teacher's dropout would make its targets noisy"
         with torch.inference_mode():
-            taught = teacher(batch.input_ids, **where, keep=layers)
+            teacher_maps = [j for _, j in run.attention_pairs]
+            taught = teacher(batch.input_ids, **where, keep=teacher_maps)
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
-        for i, j in enumerate(layers):
-            hidden = (learnt.hidden_states[i], taught.hidden_states[j])
+        student_levels = (learnt.embedding_output, *learnt.hidden_states)
+        teacher_levels = (taught.embedding_output, *taught.hidden_states)
+        for i, j in run.hidden_pairs:
+            hidden_sums.append(hidden_state_loss(student_levels[i], teacher_levels[j], mask))
+        for i, j in run.attention_pairs:
             maps = (learnt.queries[i], learnt.keys[i], taught.queries[j], taught.keys[j])
-            hidden_sums.append(ops.hidden_state_loss(*hidden, mask))
-            attention_sums.append(ops.attention_map_loss(*maps, mask))
+            attention_sums.append(attention_map_loss(*maps, mask))
     num_masked = max(1, whole.num_masked)
     weights = (run.mlm_weight / num_masked, run.output_weight / num_masked)
     vocabulary_loss, mlm_sum, output_sum = ops.vocabulary_loss(
-        *student_head, *teacher_head, batch.labels, run.temperature, *weights
-    )
+        *student_head, *teacher_head, batch.labels, run.temperature, *weights,
+        teacher_entropy=run.recipe.output_loss == "cross_entropy",
+    )  # fmt: skip
+    map_elements = whole.num_tokens * student.config.num_attention_heads * run.max_length
     return LossTerms(
         vocabulary_loss=vocabulary_loss,
         mlm_loss=mlm_sum / num_masked,
         hidden_loss=stacked(hidden_sums, mask.device) / whole.num_tokens,
-        attention_loss=stacked(attention_sums, mask.device)
-        / (whole.num_tokens * N * run.max_length),
+        attention_loss=stacked(attention_sums, mask.device) / map_elements,
         output_loss=output_sum / num_masked,
     )
 
 
 def stacked(scalars: list[Tensor], device: torch.device) -> Tensor:
-    """L scalars as one tensor (L,), also where there are none."""
+    """Scalars as one tensor, also where there are none."""
     return torch.stack(scalars) if scalars else torch.zeros(0, device=device)
 
 
 def build_models(
     run: RunConfig, corpus: Corpus, device: torch.device
-) -> tuple[BertForMaskedLM, BertForMaskedLM | None, RunConfig]:
+) -> tuple[Student, BertForMaskedLM | None, RunConfig]:
     """The model to train, its teacher if the recipe has one, and `run` with its layers named."""
     teacher = None
     if run.teacher is not None:
         teacher = load_for_corpus(run.teacher, corpus, run.max_length).requires_grad_(False)
-        layers = run.teacher_layers or every_second_layer(teacher.config.num_hidden_layers)
+        depth = teacher.config.num_hidden_layers
+        layers = layers_to_follow(run.recipe, depth, run.teacher_layers)
         run = dataclasses.replace(run, teacher_layers=layers)
-        student = student_from_teacher(teacher, layers)
+        student = new_student(teacher, run)
     elif run.model.is_dir():
         student = load_for_corpus(run.model, corpus, run.max_length)
     else:
@@ -238,15 +246,15 @@ def build_models(
 
 
 def forward_passes(
-    student: BertForMaskedLM, teacher: BertForMaskedLM | None, run: RunConfig
-) -> tuple[BertForMaskedLM, BertForMaskedLM | None]:
+    student: Student, teacher: BertForMaskedLM | None, run: RunConfig
+) -> tuple[Student, BertForMaskedLM | None]:
     """Student and teacher as the steps run them; evaluations take the models themselves.
 
     The steps' teacher has its weights in the run's dtype, so that they are rounded once. MLM alone
     does not wait for a teacher.
     """
     learner, guide = student, None
-    if teacher is not None and (run.hidden_weight or run.attention_weight or run.output_weight):
+    if run.follows_teacher:
         guide = teacher
         if run.dtype == "bfloat16":
             guide = copy.deepcopy(teacher).to(torch.bfloat16)

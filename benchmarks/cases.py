@@ -110,6 +110,16 @@ HIDDEN_STATE_LOSS = Operation(
     for_hidden_state_loss,
     has_kernels=True,
 )
+ATTENTION_MAP_MSE = Operation(
+    "attention_map_mse",
+    plain.attention_map_mse,
+    fused.attention_map_mse,
+    for_attention_map_loss,
+    has_maps=True,
+)
+HIDDEN_STATE_MSE = Operation(
+    "hidden_state_mse", plain.hidden_state_mse, fused.hidden_state_mse, for_hidden_state_loss
+)
 ATTENTION = Operation("attention", plain.attention, fused.attention, for_attention, has_maps=True)
 ATTENTION_WITH_DROPOUT = Operation(
     "attention with dropout",
@@ -154,8 +164,10 @@ def quick_cases() -> list[Case]:
         cases += of_both_dtypes(VOCABULARY_LOSS, M=M, V=V)
     for S in (64, 256):
         cases += of_both_dtypes(ATTENTION_MAP_LOSS, B=1, S=S)
-    for operation in (HIDDEN_STATE_LOSS, ATTENTION, ATTENTION_WITH_DROPOUT, DROPOUT):
+    cases += of_both_dtypes(ATTENTION_MAP_MSE, B=1, S=256)
+    for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, ATTENTION, ATTENTION_WITH_DROPOUT):
         cases += of_both_dtypes(operation, B=1, S=256)
+    cases += of_both_dtypes(DROPOUT, B=1, S=256)
     return cases
 
 
@@ -166,12 +178,13 @@ def all_cases() -> list[Case]:
         cases += of_both_dtypes(VOCABULARY_LOSS, M=M, V=BIOBERT_V)
     for V in (4096, 16_384, 65_536):
         cases += of_both_dtypes(VOCABULARY_LOSS, M=256, V=V)
-    for S in (64, 256, 512, 1024, 2048, 4096):
-        cases += of_both_dtypes(ATTENTION_MAP_LOSS, B=1, S=S)
+    for operation in (ATTENTION_MAP_LOSS, ATTENTION_MAP_MSE):
+        for S in (64, 256, 512, 1024, 2048, 4096):
+            cases += of_both_dtypes(operation, B=1, S=S)
     for S in (64, 256, 1024, 2048):
         for operation in (ATTENTION, ATTENTION_WITH_DROPOUT):
             cases += of_both_dtypes(operation, B=1, S=S)
-    for operation in (HIDDEN_STATE_LOSS, DROPOUT):
+    for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, DROPOUT):
         cases += of_both_dtypes(operation, B=8, S=256)
     return cases
 

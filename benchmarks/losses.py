@@ -42,7 +42,7 @@ from machine import (
 from torch import Tensor
 
 from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.ops import fused
+from minibert.ops import tiles
 from minibert.training.device import set_up_device
 
 LARGEST_PLAIN = {"cpu": 6e9, "cuda": 60e9}  # bytes
@@ -79,14 +79,14 @@ def call_once(variant: Variant, call: Call) -> Tensor:
     """Forward and backward; returns the value. The gradients are those of this call alone."""
     for argument in learning(call):
         argument.grad = None
-    before, fused.KERNELS = fused.KERNELS, variant.kernels
+    before, tiles.KERNELS = tiles.KERNELS, variant.kernels
     try:
         value = variant.function(*call.arguments)
         if isinstance(value, tuple):  # the loss, and sums for the log
             value = value[0]
         value.backward(call.upstream)
     finally:
-        fused.KERNELS = before
+        tiles.KERNELS = before
     return value.detach()
 
 

@@ -16,7 +16,8 @@ from minibert.data.batches import Batches, GlobalBatch
 from minibert.data.corpus import Corpus, CorpusWriter
 from minibert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from minibert.model import BertForMaskedLM
-from minibert.student import every_second_layer, student_from_teacher
+from minibert.recipes import RECIPES
+from minibert.student import layers_to_follow, student_from_teacher
 
 BIOBERT = BertConfig(
     vocab_size=28_996,
@@ -49,7 +50,7 @@ def random_models(config: BertConfig) -> tuple[BertForMaskedLM, BertForMaskedLM,
     """A seeded student and teacher, and the teacher's layers that the student follows."""
     torch.manual_seed(0)
     teacher = BertForMaskedLM(config).requires_grad_(False).eval()
-    layers = every_second_layer(config.num_hidden_layers)
+    layers = layers_to_follow(RECIPES["compactbiobert"], config.num_hidden_layers)
     return student_from_teacher(teacher, layers), teacher, layers
 
 
@@ -81,7 +82,7 @@ def work_of(config: BertConfig, batch: GlobalBatch) -> tuple[int, int]:
         for micro_batch in batch.micro_batches
         for length in micro_batch.attention_mask.sum(1).tolist()
     ]
-    L = len(every_second_layer(config.num_hidden_layers))
+    L = config.num_hidden_layers // 2
     return sum(lengths), useful_flops(config, L, lengths, batch.num_masked)
 
 

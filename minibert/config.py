@@ -5,17 +5,16 @@ Both are written as JSON beside what they describe. The flags of `train.py` are 
 """
 
 import dataclasses
-import math
 import reprlib
 from argparse import SUPPRESS, ArgumentTypeError
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from minibert.errors import ArgumentParser, InputError
 from minibert.files import read_json
-from minibert.recipes import RECIPES
+from minibert.flags import METAVARS, PrintRecipe, layer_numbers, number, recipe_at
+from minibert.recipes import RECIPES, Pairs, Recipe
 
 # Whatever is larger in a config.json is a slip, or meant to take all memory. The largest BERT that
 # Google published has 24 layers and 340 million parameters.
@@ -118,34 +117,6 @@ class BertConfig:
         return self.IMPLEMENTED | dataclasses.asdict(self)
 
 
-def number(kind: type, minimum: float, exclusive: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a `kind` (int or float) of at least, or above, `minimum`, below 2^63."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # neither above nor below anything
-        if not minimum <= value < 2**63 or (exclusive and value == minimum):
-            wanted = "a whole number" if kind is int else "a number"
-            bound = f"above {minimum}" if exclusive else f"from {minimum} up"
-            raise ArgumentTypeError(f"{text!r} is not {wanted} {bound}")
-        return value
-
-    return parse
-
-
-def layer_numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: `1,3,5` to (1, 3, 5)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not a list of layers such as 1,3,5") from None
-
-
-METAVARS = {Path: "PATH", layer_numbers: "I,J,..."}
-
-
 def setting(default: Any, help: str, **argparse_options: Any) -> Any:
     """A field of `RunConfig`: its default, its help text and how argparse reads it."""
     return field(default=default, metadata={"help": help} | argparse_options)
@@ -155,7 +126,11 @@ def setting(default: Any, help: str, **argparse_options: Any) -> Any:
 class RunConfig:
     """Everything a run was started with. None: the recipe decides (or it is not used)."""
 
-    recipe: str = setting("compactbiobert", "what is learnt, from which signals", choices=RECIPES)
+    recipe: Recipe = setting(
+        RECIPES["compactbiobert"],
+        f"what is learnt, from which signals: {', '.join(RECIPES)}, or a JSON file",
+        type=recipe_at,
+    )
     teacher: Path | None = setting(None, "model folder of the teacher", type=Path)
     model: Path | None = setting(
         None, "recipe mlm: model folder to continue, or a config.json to begin at random", type=Path
@@ -182,8 +157,8 @@ class RunConfig:
     )
     teacher_layers: tuple[int, ...] | None = setting(
         None,
-        "teacher layers, counted from 0, that start and supervise the student "
-        "(every second: 1,3,5,7,9,11 of twelve)",
+        "teacher layers, counted from 0, that start and supervise the student's "
+        "(compactbiobert: 1,3,5,7,9,11 of twelve)",
         type=layer_numbers,
     )
     mlm_weight: float | None = setting(None, "weight of the MLM loss", type=number(float, 0))
@@ -238,9 +213,34 @@ class RunConfig:
         "skip_nonfinite", "log_every", "keep",
     )  # fmt: skip
 
+    def __post_init__(self):
+        if isinstance(self.recipe, str):  # where Python asks, a name will do
+            object.__setattr__(self, "recipe", recipe_at(self.recipe))
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether any loss compares the student with a teacher."""
+        weights = (self.hidden_weight, self.attention_weight, self.output_weight)
+        return self.teacher is not None and any(weights)
+
+    @property
+    def hidden_pairs(self) -> Pairs:
+        """The levels that the hidden-state loss compares, as `Recipe.hidden_pairs`."""
+        compared = self.follows_teacher and self.hidden_weight
+        return self.recipe.hidden_pairs(self.teacher_layers) if compared else ()
+
+    @property
+    def attention_pairs(self) -> Pairs:
+        """The layers whose attention maps are compared: student's, teacher's."""
+        compared = self.follows_teacher and self.attention_weight
+        return tuple(enumerate(self.teacher_layers)) if compared else ()
+
     @classmethod
     def add_flags(cls, parser: ArgumentParser) -> None:
-        """One flag for each field; a flag that is not given leaves no attribute behind."""
+        """One flag for each field; a flag that is not given leaves no attribute behind.
+
+        And --print-recipe, which is no setting of a run.
+        """
         for entry in dataclasses.fields(cls):
             options = dict(entry.metadata)
             if entry.default is not None and "action" not in options:
@@ -251,6 +251,10 @@ class RunConfig:
             if "type" in options:
                 options["metavar"] = METAVARS.get(options["type"], "N")
             parser.add_argument(f"--{entry.name.replace('_', '-')}", default=SUPPRESS, **options)
+        parser.add_argument(
+            "--print-recipe", action=PrintRecipe, choices=RECIPES, default=SUPPRESS,
+            help="print a recipe as JSON, as --recipe reads it, and end",
+        )  # fmt: skip
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "RunConfig":
@@ -264,11 +268,13 @@ class RunConfig:
             if "data" not in given:
                 raise InputError(f"{path}: no such file, no run to go on with")
             return cls(**given).resolved()
-        run = cls.read(path)
-        for name, value in given.items():
-            if name not in cls.CHANGEABLE and value != getattr(run, name):
+        run, asked = cls.read(path), cls(**given)
+        for name in given:
+            value, began = getattr(asked, name), getattr(run, name)
+            if name not in cls.CHANGEABLE and value != began:
+                other = " with other settings" if str(value) == str(began) else ""
                 raise InputError(
-                    f"--{name.replace('_', '-')} {value}: the run began with {getattr(run, name)} "
+                    f"--{name.replace('_', '-')} {value}: the run began with {began}{other} "
                     f"({path}); it cannot change on --resume"
                 )
         return dataclasses.replace(run, **given).resolved()
@@ -284,10 +290,12 @@ class RunConfig:
             value = settings.get(entry.name, entry.default)
             kind, choices = entry.metadata.get("type"), entry.metadata.get("choices")
             try:
-                if value is not None and kind is not None:
+                if kind is recipe_at and isinstance(value, dict):
+                    value = Recipe.from_dict(str(value.pop("name", path.name)), value)
+                elif value is not None and kind is not None:
                     items = value if isinstance(value, list | tuple) else [value]
                     value = kind(",".join(map(str, items)))
-            except ArgumentTypeError as error:
+            except (ArgumentTypeError, InputError) as error:
                 raise InputError(f"{path}: {entry.name}: {error}") from None
             if choices is not None and value not in tuple(choices):
                 raise InputError(f"{path}: {entry.name} is {value!r}; known: {', '.join(choices)}")
@@ -306,11 +314,11 @@ class RunConfig:
 
         A run of another length than the recipe's keeps the recipe's share of warm-up.
         """
-        recipe = RECIPES[self.recipe]
+        recipe = self.recipe
         open_fields = {
             name: value
             for name, value in dataclasses.asdict(recipe).items()
-            if name != "needs_teacher" and getattr(self, name) is None
+            if getattr(self, name, value) is None
         }
         if "warmup_steps" in open_fields and self.steps is not None:
             open_fields["warmup_steps"] = round(recipe.warmup_steps / recipe.steps * self.steps)
@@ -318,11 +326,9 @@ class RunConfig:
             if getattr(self, flag) is None:
                 raise InputError(f"--{flag} is needed (without any flag the demonstration runs)")
         if recipe.needs_teacher and (self.teacher is None or self.model is not None):
-            raise InputError(
-                f"recipe {self.recipe} needs --teacher, and begins from it: no --model"
-            )
+            raise InputError(f"recipe {recipe} needs --teacher, and has no --model")
         if not recipe.needs_teacher and (self.model is None or self.teacher is not None):
-            raise InputError(f"recipe {self.recipe} needs --model and has no --teacher")
+            raise InputError(f"recipe {recipe} needs --model and has no --teacher")
         run = dataclasses.replace(self, **open_fields)
         if not (run.mlm_weight or run.hidden_weight or run.attention_weight or run.output_weight):
             raise InputError("every loss weight is 0: there is nothing to learn")

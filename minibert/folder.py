@@ -139,18 +139,34 @@ def read_folder(folder: Path) -> ModelFolder:
     return ModelFolder(model_class, config, tensors, metadata)
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether the tensors in a folder carry our names, and not Hugging Face's."""
+    weights = folder / WEIGHTS
+    return weights.is_file() and "embeddings.layer_norm.weight" in read_tensors(weights)[0]
+
+
 def load_model(folder: Path) -> BertModel:
     """Read a model folder: a `BertForMaskedLM`, or a `BertModel` where it has no head.
 
-    Weights become float32, in memory of their own. Raises InputError as `read_folder` does, and for
-    weights that are not finite: nothing can be computed with them, so the file is damaged.
+    Raises InputError as `read_folder` and `build_model` do.
     """
     model_class, config, tensors, _ = read_folder(folder)
+    return build_model(model_class, config, tensors, folder / WEIGHTS)
+
+
+def build_model(
+    model_class: type[BertModel], config: BertConfig, tensors: Mapping[str, Tensor], source: Path
+) -> BertModel:
+    """A model of its tensors, which become float32, in memory of their own; in eval mode.
+
+    source: the file that an error names. Raises InputError for weights that are not finite:
+    nothing can be computed with them, so the file is damaged.
+    """
     with torch.device("meta"):
         model = model_class(config)
     weights = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise InputError(f"{folder / WEIGHTS}: {name} holds NaN or numbers beyond float32")
+            raise InputError(f"{source}: {name} holds NaN or numbers beyond float32")
     model.load_state_dict(weights, assign=True)
     return model.eval()

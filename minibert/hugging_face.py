@@ -1,19 +1,25 @@
-"""The files that hold the weights of a Hugging Face checkpoint, read without running anything.
+"""The files of a Hugging Face checkpoint, read without running anything; models from them.
 
 One file or several shards with an index, safetensors or `torch.save`; what the tensors mean is
-the business of `convert_weights.py`.
+the business of `minibert/names.py`.
 """
 
+from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
+from minibert.config import BertConfig
+from minibert.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from minibert.errors import InputError
 from minibert.files import read_json
-from minibert.folder import read_tensors
+from minibert.folder import CONFIG, build_model, is_model_folder, load_model, read_tensors
+from minibert.model import BertForMaskedLM, BertModel
+from minibert.names import to_our_names
 from minibert.torch_save import read_torch_save
 
 INDEX = ".index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # which only Hugging Face reads
 CHECKPOINTS = tuple(  # in a folder, the first that exists is read
     name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", INDEX)
 )
@@ -59,3 +65,54 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, as they are stored."""
     return read_tensors(path)[0] if path.suffix == ".safetensors" else read_torch_save(path)
+
+
+def check_tokenizer(folder: Path, config: BertConfig) -> list[str]:
+    """The tokenizer files of a folder, after making sure that they fit the embeddings."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    for name in found:
+        tokens = load_tokenizer(folder / name).vocab_size
+        if tokens > config.vocab_size or (name == "vocab.txt" and tokens != config.vocab_size):
+            raise InputError(
+                f"{folder / name}: {tokens} tokens; vocab_size in {CONFIG} is {config.vocab_size}"
+            )
+    settings = folder / TOKENIZER_CONFIG
+    if found == ["vocab.txt"] and settings.is_file() and read_json(settings).get("do_lower_case"):
+        raise InputError(
+            f"{settings}: do_lower_case is true, but a vocab.txt is read as cased here "
+            f"(an uncased model needs its tokenizer.json)"
+        )
+    return found
+
+
+def load_either(folder: str | PathLike[str]) -> tuple[BertModel, Tokenizer]:
+    """Model and tokenizer of a model folder or a Hugging Face folder; see `minibert.load`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    model = load_model(folder) if is_model_folder(folder) else load_hugging_face(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{tokenizer.source}: {tokenizer.vocab_size} tokens; "
+            f"vocab_size in {CONFIG} is {model.config.vocab_size}"
+        )
+    return model.requires_grad_(False), tokenizer
+
+
+def load_hugging_face(folder: Path) -> BertModel:
+    """The model of a Hugging Face folder, with its MLM head where the checkpoint holds one.
+
+    In float32 and eval mode. Raises InputError as `check_tokenizer` and `to_our_names` do.
+    """
+    checkpoint = find_checkpoint(folder)
+    config = BertConfig.read(folder / CONFIG)
+    check_tokenizer(folder, config)
+    tensors, _ = read_checkpoint(checkpoint)
+    has_head = any(name.startswith("cls.predictions.") for name in tensors)
+    model_class = BertForMaskedLM if has_head else BertModel
+    try:
+        ours = to_our_names(tensors, config, model_class)
+    except InputError as error:
+        raise InputError(f"{checkpoint}: {error}") from None
+    return build_model(model_class, config, ours.tensors, checkpoint)

@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 OPERATIONS = (
     cases.VOCABULARY_LOSS,
     cases.ATTENTION_MAP_LOSS,
+    cases.ATTENTION_MAP_MSE,
     cases.HIDDEN_STATE_LOSS,
+    cases.HIDDEN_STATE_MSE,
     cases.ATTENTION,
     cases.ATTENTION_WITH_DROPOUT,
     cases.DROPOUT,
@@ -92,21 +94,21 @@ def test_on_a_gpu_fused_stands_there_with_its_kernels_and_without(monkeypatch):
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_call_has_its_own_choice_of_kernels_and_leaves_none(monkeypatch, before, kernels):
-    monkeypatch.setattr(losses.fused, "KERNELS", before)
+    monkeypatch.setattr(losses.tiles, "KERNELS", before)
     seen = []
 
     def looks(values, probability):
-        values.register_hook(lambda gradient: seen.append(losses.fused.KERNELS))
-        seen.append(losses.fused.KERNELS)
+        values.register_hook(lambda gradient: seen.append(losses.tiles.KERNELS))
+        seen.append(losses.tiles.KERNELS)
         return 2 * values
 
     call = toy_case(cases.DROPOUT).call(CPU)
     losses.call_once(losses.Variant("looks", looks, kernels=kernels), call)
     assert seen == [kernels, kernels]  # in forward and in backward
-    assert before == losses.fused.KERNELS
+    assert before == losses.tiles.KERNELS
     with pytest.raises(ZeroDivisionError):
         losses.call_once(losses.Variant("fails", lambda *_: 1 / 0, kernels=kernels), call)
-    assert before == losses.fused.KERNELS
+    assert before == losses.tiles.KERNELS
 
 
 def test_a_variant_that_fails_does_not_take_the_others_along(times_and_errors_alone):

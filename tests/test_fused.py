@@ -5,6 +5,7 @@ The values that the definitions give stand in test_losses.py, for both.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minibert.ops import fused, plain
+from minibert.ops import fused, plain, tiles, vocabulary
 
 B, S, N, D, H, V, M = 3, 13, 2, 6, 10, 37, 17
 PRECISIONS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative, half a unit at least
@@ -25,9 +26,9 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(fused, "IN_CACHE", 40)
-    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 4 * V)
-    monkeypatch.setattr(fused, "DECODER_AT_ONCE", 6 * H)
+    monkeypatch.setattr(tiles, "IN_CACHE", 40)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 4 * V)
+    monkeypatch.setattr(vocabulary, "DECODER_AT_ONCE", 6 * H)
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -71,42 +72,51 @@ def queries_and_keys() -> list[Tensor]:
     return [part.transpose(1, 2) for part in parts]
 
 
+MAP_LOSSES = ["attention_map_loss", "attention_map_mse"]
+HIDDEN_LOSSES = ["hidden_state_loss", "hidden_state_mse"]
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_attention_map_loss(mask, dtype):
+@pytest.mark.parametrize("loss", MAP_LOSSES)
+def test_losses_of_attention_maps(loss, mask, dtype):
     inputs = [*queries_and_keys(), torch.tensor(mask)]
-    assert_no_worse_than_plain("attention_map_loss", inputs, 2, dtype)
+    assert_no_worse_than_plain(loss, inputs, 2, dtype)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_attention_map_loss_of_maps_that_are_close(dtype):
+@pytest.mark.parametrize("loss", MAP_LOSSES)
+def test_maps_that_are_close(loss, dtype):
     """Where the student is nearly the teacher, the gradient is a small difference."""
     query, key, *_ = queries_and_keys()
     close = [part + normal(*part.shape, seed=9, scale=0.02) for part in (query, key)]
     inputs = [query, key, *close, torch.tensor(MASKS["ends"])]
     # Relative to a difference of 2 %, float32's 6e-8 is 3e-6.
     slack = 5 if dtype == torch.float32 else 1
-    assert_no_worse_than_plain("attention_map_loss", inputs, 2, dtype, slack=slack)
+    assert_no_worse_than_plain(loss, inputs, 2, dtype, slack=slack)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_hidden_state_loss(mask, dtype):
+@pytest.mark.parametrize("loss", HIDDEN_LOSSES)
+def test_losses_of_hidden_states(loss, mask, dtype):
     inputs = [normal(B, S, H, seed=11), normal(B, S, H, seed=12), torch.tensor(mask)]
-    assert_no_worse_than_plain("hidden_state_loss", inputs, 1, dtype)
+    assert_no_worse_than_plain(loss, inputs, 1, dtype)
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-6])
-def test_hidden_states_that_are_nearly_nothing(length):
+@pytest.mark.parametrize("loss", HIDDEN_LOSSES)
+def test_hidden_states_that_are_nearly_nothing(loss, length):
     student, teacher = normal(1, S, H, seed=11, scale=length), normal(1, S, H, seed=12)
     inputs = [student, teacher, torch.ones(1, S).long()]
-    assert_no_worse_than_plain("hidden_state_loss", inputs, 1, torch.float32)
+    assert_no_worse_than_plain(loss, inputs, 1, torch.float32)
 
 
-def test_hidden_states_in_any_layout():
+@pytest.mark.parametrize("loss", HIDDEN_LOSSES)
+def test_hidden_states_in_any_layout(loss):
     student, teacher = (normal(S, B, H, seed=seed).transpose(0, 1) for seed in (11, 12))
     inputs = [student, teacher, torch.tensor(MASKS["holes"])]
-    assert_no_worse_than_plain("hidden_state_loss", inputs, 1, torch.float32)
+    assert_no_worse_than_plain(loss, inputs, 1, torch.float32)
 
 
 def test_values_of_close_maps_are_better_than_plain():
@@ -121,14 +131,15 @@ def test_values_of_close_maps_are_better_than_plain():
 
 
 @pytest.mark.parametrize("upstream", [1 + 2**-9, 0.3])
-def test_bfloat16_gradients_are_scaled_by_upstream_as_it_is(upstream):
+@pytest.mark.parametrize("loss", HIDDEN_LOSSES)
+def test_bfloat16_gradients_are_scaled_by_upstream_as_it_is(loss, upstream):
     """Not by upstream rounded to bfloat16, which has 8 bits: all would be off the same way."""
     hidden = [normal(B, S, H, seed=seed).bfloat16() for seed in (29, 30)]
     mask = torch.tensor(MASKS["ends"])
     gradients = []
     for factor in (1.0, upstream):
         student = hidden[0].clone().requires_grad_()
-        (factor * fused.hidden_state_loss(student, hidden[1], mask)).backward()
+        (factor * getattr(fused, loss)(student, hidden[1], mask)).backward()
         gradients.append(student.grad)
     assert torch.equal(gradients[1], (gradients[0].float() * upstream).bfloat16())
 
@@ -150,6 +161,7 @@ def test_vocabulary_loss(ignored, temperature, dtype):
     inputs = vocabulary_inputs(M)
     inputs[-1][list(ignored)] = plain.IGNORED_LABEL
     settings = {"temperature": temperature, "mlm_weight": 0.3, "output_weight": 1.7}
+    settings |= {"teacher_entropy": len(ignored) == 3}
     for upstream in (1.0, 0.7):
         assert_no_worse_than_plain("vocabulary_loss", inputs, 3, dtype, upstream, **settings)
 
@@ -260,6 +272,10 @@ def test_attention_with_dropout(same_dropout, mask, dtype, size):
         assert our_error <= formula_error + PRECISIONS.get(dtype, 1e-12)
 
 
+def with_teacher(loss, teacher, mask, *student):
+    return loss(*student, *teacher, mask)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_the_written_derivatives_are_the_true_ones(same_dropout, mask):
     query, key, *teacher = queries_and_keys()
@@ -268,10 +284,10 @@ def test_the_written_derivatives_are_the_true_ones(same_dropout, mask):
     for part in (query, key, value):
         part.requires_grad_()
     hidden, target = normal(B, S, H, seed=24).requires_grad_(), normal(B, S, H, seed=25)
-    assert torch.autograd.gradcheck(
-        lambda q, k: fused.attention_map_loss(q, k, *teacher, mask), (query, key)
-    )
-    assert torch.autograd.gradcheck(lambda s: fused.hidden_state_loss(s, target, mask), (hidden,))
+    for loss in (fused.attention_map_loss, fused.attention_map_mse):
+        assert torch.autograd.gradcheck(partial(with_teacher, loss, teacher, mask), (query, key))
+    for loss in (fused.hidden_state_loss, fused.hidden_state_mse):
+        assert torch.autograd.gradcheck(partial(with_teacher, loss, [target], mask), (hidden,))
     assert torch.autograd.gradcheck(
         lambda q, k, v: fused.attention(q, k, v, mask, 0.3), (query, key, value), fast_mode=True
     )

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from minibert.ops import fused, plain
+from minibert.ops import fused, plain, vocabulary
 
 pytest.importorskip("triton", reason="the kernels are written in Triton, which is not installed")
 
@@ -320,8 +320,9 @@ class TestFusedByKernels:
     @pytest.fixture(autouse=True)
     def in_any_place(self, monkeypatch):
         if INTERPRETED:  # fused.py asks for a GPU
-            monkeypatch.setattr(fused, "_kernels", lambda tensor: kernels)
-        assert fused._kernels(torch.zeros(1, device=DEVICE)) is kernels
+            for module in (fused, vocabulary):
+                monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
+        assert fused.kernels_for(torch.zeros(1, device=DEVICE)) is kernels
 
     def test_attention_map_loss(self):
         mask = mask_of(21, [range(21)], [range(13)]).to(DEVICE)
@@ -353,7 +354,7 @@ class TestFusedByKernels:
             assert distance(ours, truth.cpu()) < 3e-6
 
     def test_vocabulary_loss(self, monkeypatch):
-        monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 3 * 97)
+        monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 3 * 97)
         M, V, H = 8, 97, 10
         inputs = [
             normal(*shape, seed=seed) for seed, shape in enumerate([(M, H), (V, H), (V,)] * 2)

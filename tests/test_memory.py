@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.model import BertForMaskedLM
-from minibert.ops import fused, plain
+from minibert.ops import fused, plain, tiles, vocabulary
 from minibert.student import student_from_teacher
 
 MB = 2**20
@@ -120,23 +121,25 @@ def test_the_eyes_are_open():
 
 
 @pytest.mark.parametrize("S", [157, 613])
-def test_attention_map_loss_makes_tiles_of_maps(monkeypatch, S):
-    monkeypatch.setattr(fused, "IN_CACHE", 2**11)
+@pytest.mark.parametrize("loss", ["attention_map_loss", "attention_map_mse"])
+def test_losses_of_attention_maps_make_tiles_of_maps(monkeypatch, loss, S):
+    monkeypatch.setattr(tiles, "IN_CACHE", 2**11)
     N, D = 3, 5
     with Made() as made:
-        forward_and_backward(fused.attention_map_loss, map_inputs(N, S, D))
+        forward_and_backward(getattr(fused, loss), map_inputs(N, S, D))
     assert made.largest() <= max(4 * 2**11, 2 * N * S * D) < N * S * S  # the latter: gradients
     with Made() as made:
-        forward_and_backward(plain.attention_map_loss, map_inputs(N, S, D))
+        forward_and_backward(getattr(plain, loss), map_inputs(N, S, D))
     assert made.largest() == N * S * S
 
 
 @pytest.mark.parametrize(("M", "V"), [(97, 401), (97, 6007), (811, 401), (5, 9001)])
 def test_vocabulary_loss_makes_tiles_of_logits(monkeypatch, M, V):
-    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", 2**13)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 2**13)
     H = 7
     with Made() as made:
-        forward_and_backward(fused.vocabulary_loss, vocabulary_inputs(M, V, H))
+        fused_loss = partial(fused.vocabulary_loss, teacher_entropy=True)
+        forward_and_backward(fused_loss, vocabulary_inputs(M, V, H))
     assert V <= made.largest_logits(V) <= max(2**13, V)  # one row at least
     assert made.largest() <= max(2**13, V * H)  # the latter: the decoder's gradient
     with Made() as made:
@@ -174,7 +177,7 @@ def tensors_of_a_step(run: train.RunConfig) -> Made:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ops", ["fused", "plain"])
 def test_a_step_makes_no_whole_maps_or_logits(toy_run, monkeypatch, ops, dtype):
-    monkeypatch.setattr(fused, "LOGITS_AT_ONCE", TILE)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", TILE)
     made = tensors_of_a_step(dataclasses.replace(toy_run, ops=ops, dtype=dtype))
     maps, logits = made.largest_map(S), made.largest_logits(V)
     if ops == "fused":  # attention with dropout goes over one sequence after the other
@@ -202,7 +205,7 @@ def resident(kind: str) -> int:
 def tell_peak(loss: str, *sizes: int) -> None:
     """Print the bytes that forward and backward add to what the process holds: run by `peak_of`."""
     torch.set_num_threads(1)
-    inputs = {"attention_map_loss": map_inputs, "vocabulary_loss": vocabulary_inputs}[loss]
+    inputs = vocabulary_inputs if loss == "vocabulary_loss" else map_inputs
     forward_and_backward(getattr(fused, loss), inputs(*(2 for _ in sizes)))  # libraries get ready
     given = inputs(*sizes)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -230,10 +233,11 @@ def peak_of(loss: str, *sizes: int, settings: str = "") -> int:
 
 
 @pytest.mark.slow
-def test_memory_of_attention_map_loss_grows_linearly():
+@pytest.mark.parametrize("loss", ["attention_map_loss", "attention_map_mse"])
+def test_memory_of_losses_of_attention_maps_grows_linearly(loss):
     """12 heads of 64: at S 4,096 one map is 805 MB, a query 12.6 MB."""
     N, D = 12, 64
-    peaks = {S: peak_of("attention_map_loss", N, S, D) for S in (256, 512, 1024, 2048, 4096)}
+    peaks = {S: peak_of(loss, N, S, D) for S in (256, 512, 1024, 2048, 4096)}
     for S, peak in peaks.items():
         query = N * S * D * 4
         assert peak < 11 * query + 32 * MB, peaks  # the constant: tiles
@@ -249,7 +253,7 @@ def test_memory_of_vocabulary_loss_does_not_grow_with_the_vocabulary(M, logits_a
     """Beyond the decoder's own gradient (a sum and an addend) and a tile of each model's logits."""
     H = 64
     for V in (4096, 65_536):
-        settings = f"t.fused.LOGITS_AT_ONCE = {logits_at_once}"
+        settings = f"t.vocabulary.LOGITS_AT_ONCE = {logits_at_once}"
         peak = peak_of("vocabulary_loss", M, V, H, settings=settings)
         decoder, tile = 4 * V * H, 4 * min(M * V, logits_at_once)
         assert peak < 2 * decoder + 2 * tile + 16 * MB, (V, peak)

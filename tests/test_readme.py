@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import os
 import re
 import shlex
@@ -44,6 +45,9 @@ def test_the_file_map_is_complete():
 def test_every_flag_exists():
     known = FLAGS | {"--tokenizer", "--json", "--to-hf", "--local-dir", "--held-out", "--help"}
     known |= {"--plot"}  # of benchmarks/losses.py
+    known |= {"--print-recipe"}  # of train.py, and no setting of a run
+    known |= {"--top"}  # of minibert.fill_mask
+    known |= {"--seeds"}  # of minibert.finetune
     known |= {"--nnodes", "--nproc-per-node", "--max-restarts"}  # of torchrun
     known |= {"--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--time"}  # of sbatch
@@ -63,7 +67,15 @@ def test_the_flags_of_train_are_frozen():
 
 
 @pytest.mark.parametrize(
-    "command", ["train.py", "convert_weights.py", "-m minibert.prepare", "-m minibert.evaluate"]
+    "command",
+    [
+        "train.py",
+        "convert_weights.py",
+        "-m minibert.prepare",
+        "-m minibert.evaluate",
+        "-m minibert.fill_mask",
+        "-m minibert.finetune",
+    ],
 )
 def test_help_explains_every_flag(command):
     script = [str(ROOT / part) if part.endswith(".py") else part for part in command.split()]
@@ -110,6 +122,51 @@ def test_the_commands_for_biobert_run(workplace):
     assert (workplace / "compact-biobert-hf" / "model.safetensors").is_file()
     assert {path.name for path in (workplace / "runs" / "compact").iterdir()} == {
         "config.json", "lock", "metrics.jsonl", "step_000002", "student",
+    }  # fmt: skip
+
+
+def test_the_two_ways_to_use_a_model_run(workplace):
+    (workplace / "models").mkdir()
+    (workplace / "ours").rename(workplace / "models" / "biobert")
+    (workplace / "sentences.txt").write_text("a gene of [MASK]\n[MASK] cells\n")
+    (block,) = [block for block in BLOCKS if "minibert.fill_mask" in block]
+    first, second = (line.split(" < ") for line in block.splitlines())
+    words = run(shlex.split(first[0]), workplace)
+    assert words.returncode == 0, words.stderr
+    assert len(words.stdout.splitlines()) == 6
+    done = run(shlex.split(second[0]), workplace, input=(workplace / "sentences.txt").read_text())
+    assert [len(json.loads(line)["masks"][0]) for line in done.stdout.splitlines()] == [3, 3]
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = [block for block in blocks if "minibert.load" in block]
+    done = run(["python", "-c", example], workplace)
+    assert done.stdout.startswith("[[[Guess(token="), done.stderr
+
+
+def test_the_commands_for_tasks_run(workplace):
+    (workplace / "runs" / "compact").mkdir(parents=True)
+    (workplace / "ours").rename(workplace / "runs" / "compact" / "student")
+    ner = "the\tO\ngene\tB-Gene\n\ncells\tO\n"
+    relation = '{"text": "<< gene >>", "label": "UP"}\n{"text": "a drug", "label": "false"}\n'
+    entry = {"id": "1", "question": "a", "answers": [{"text": "drug", "answer_start": 4}]}
+    qa = json.dumps({"data": [{"paragraphs": [{"context": "the drug", "qas": [entry]}]}]})
+    data = {"NCBI-disease": ("tsv", ner), "ChemProt": ("jsonl", relation), "BioASQ": ("json", qa)}
+    for name, (ending, content) in data.items():
+        (workplace / name).mkdir()
+        for split in ("train", "devel", "test"):
+            (workplace / name / f"{split}.{ending}").write_text(content)
+    (block,) = [block for block in BLOCKS if "minibert.finetune" in block]
+    for command in map(shlex.split, block.splitlines()):
+        if command[1].endswith(".py"):
+            command[1] = str(ROOT / command[1])
+        else:  # what must be small here
+            command += ["--epochs", "1"]
+        done = run(command, workplace)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (workplace / "ncbi-hf" / "model.safetensors").is_file()
+    assert len(list((workplace / "runs" / "chemprot").glob("seed_*"))) == 5
+    assert {path.name for path in (workplace / "runs" / "ncbi").iterdir()} == {
+        "config.json", "lock", "metrics.jsonl", "step_000001", "model", "scores.json",
+        "predictions_devel.tsv", "predictions_test.tsv",
     }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def refused(toy_world, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flag", "value", "complaint"),
     [
-        ("recipe", "tinybert", "invalid choice: 'tinybert'"),
+        ("recipe", "tinybert", "'tinybert' is no file and none of compactbiobert, distilbiobert"),
         ("dtype", "float8", "invalid choice: 'float8'"),
         ("steps", "0", "'0' is not a whole number from 1 up"),
         ("steps", "ten", "'ten' is not a whole number"),
@@ -134,7 +134,8 @@ def test_a_teacher_of_odd_depth(refused, toy_world, tmp_path):
     save_model(
         tmp_path / "odd", train.BertForMaskedLM(type(TOY_CONFIG)(**odd)), tokenizer_from=toy_world
     )
-    assert "3 layers, an odd number; say with --teacher-layers" in refused(teacher=tmp_path / "odd")
+    complaint = refused(teacher=tmp_path / "odd")
+    assert "3 layers, which do not make 2 groups of one size; say with --teacher" in complaint
 
 
 def test_a_hugging_face_folder(refused, toy_world, tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+from minibert.config import RunConfig
 from minibert.errors import InputError
 from minibert.progress import duration
 from minibert.training.runlog import RunLog, named_figures, read_metrics
@@ -62,9 +64,15 @@ def test_a_step_that_stands_there_is_not_evaluated_again(tmp_path):
     assert [line["step"] for line in lines] == [3, 6]
 
 
+def of_recipe(name: str, **settings) -> RunConfig:
+    nowhere = Path("none")
+    source = {"model": nowhere} if name == "mlm" else {"teacher": nowhere, "teacher_layers": (1, 3)}
+    return RunConfig(recipe=name, data=nowhere, out=nowhere, **source, **settings).resolved()
+
+
 def test_figures_have_names():
     row = [7.0, 1.0, 0.25, 0.5, 0.125, 0.0625, 2.0, 3.0]
-    assert named_figures(row) == {
+    assert named_figures(row, of_recipe("compactbiobert")) == {
         "loss": 7.0,
         "mlm_loss": 1.0,
         "hidden_loss": 0.75,
@@ -74,7 +82,20 @@ def test_figures_have_names():
         "attention_loss_per_layer": [0.125, 0.0625],
         "grad_norm": 3.0,
     }
-    assert named_figures([7.0, 7.0, 0.0, 3.0]) == {"loss": 7.0, "mlm_loss": 7.0, "grad_norm": 3.0}
+
+
+def test_what_is_not_compared_has_no_figure():
+    alone = {"loss": 7.0, "mlm_loss": 1.0, "grad_norm": 3.0}
+    assert named_figures([7.0, 1.0, 0.0, 3.0], of_recipe("mlm")) == alone
+    output = alone | {"output_loss": 2.0}
+    nothing_else = of_recipe("distilbiobert", hidden_weight=0.0)
+    assert named_figures([7.0, 1.0, 2.0, 3.0], nothing_else) == output
+    last = output | {"hidden_loss": 0.5, "hidden_loss_per_layer": [0.5]}
+    assert named_figures([7.0, 1.0, 0.5, 2.0, 3.0], of_recipe("distilbiobert")) == last
+    row = [7.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 2.0, 3.0]  # 3 levels, 2 layers
+    figures = named_figures(row, of_recipe("tinybiobert"))
+    assert figures["hidden_loss_per_layer"] == [1.0, 2.0, 3.0]
+    assert figures["attention_loss_per_layer"] == [4.0, 5.0]
 
 
 def test_numbers_that_are_none_are_null_and_counted(tmp_path):

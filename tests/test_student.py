@@ -8,7 +8,8 @@ from conftest import TOY_CONFIG
 
 from minibert.errors import InputError
 from minibert.model import BertForMaskedLM
-from minibert.student import every_second_layer, student_from_teacher
+from minibert.recipes import RECIPES
+from minibert.student import layers_to_follow, student_from_teacher
 
 
 def teacher_of(depth: int) -> BertForMaskedLM:
@@ -57,14 +58,40 @@ def test_all_layers_make_the_teacher_again():
     assert torch.equal(student(*inputs).head_output, teacher(*inputs).head_output)
 
 
-def test_every_second_layer():
-    assert every_second_layer(12) == (1, 3, 5, 7, 9, 11)
-    assert every_second_layer(24) == tuple(range(1, 24, 2))
-    with pytest.raises(InputError, match="11 layers, an odd number"):
-        every_second_layer(11)
+@pytest.mark.parametrize(
+    ("recipe", "depth", "layers"),
+    [
+        ("compactbiobert", 12, (1, 3, 5, 7, 9, 11)),
+        ("compactbiobert", 24, tuple(range(1, 24, 2))),
+        ("distilbiobert", 12, (0, 2, 4, 6, 8, 10)),
+        ("tinybiobert", 12, (2, 5, 8, 11)),
+        ("tinybiobert", 4, (0, 1, 2, 3)),
+    ],
+)
+def test_the_layers_of_a_recipe(recipe, depth, layers):
+    assert layers_to_follow(RECIPES[recipe], depth) == layers
+
+
+@pytest.mark.parametrize(
+    ("recipe", "depth", "groups"),
+    [("compactbiobert", 11, 6), ("distilbiobert", 3, 2), ("tinybiobert", 10, 4)],
+)
+def test_layers_that_do_not_divide_are_refused(recipe, depth, groups):
+    with pytest.raises(InputError, match=f"{depth} layers, which do not make {groups} groups"):
+        layers_to_follow(RECIPES[recipe], depth)
+
+
+def test_layers_can_be_chosen():
+    assert layers_to_follow(RECIPES["distilbiobert"], 11, (2, 3, 9)) == (2, 3, 9)
+    assert layers_to_follow(RECIPES["tinybiobert"], 11, (0, 2, 3, 9)) == (0, 2, 3, 9)
+    complaint = "2,3,9; expected 4 of them, one for each layer of recipe tinybiobert's student"
+    with pytest.raises(InputError, match=complaint):
+        layers_to_follow(RECIPES["tinybiobert"], 11, (2, 3, 9))
 
 
 @pytest.mark.parametrize("layers", [(), (0, 4), (-1, 2), (2, 1), (1, 1)])
 def test_layers_that_do_not_fit_are_refused(layers):
     with pytest.raises(InputError, match="expected ascending numbers from 0 to 3"):
         student_from_teacher(teacher_of(4), layers)
+    with pytest.raises(InputError, match="expected ascending numbers from 0 to 3"):
+        layers_to_follow(RECIPES["compactbiobert"], 4, layers)

@@ -5,29 +5,34 @@ tile, so that no whole map or matrix of logits ever exists, and backward only mu
 comes from above. Each derivative stands beside the statement that computes it. Products are of the
 dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
-All is PyTorch; on a GPU with Triton the inner loops of the losses are those of `kernels.py`.
+All is PyTorch; on a GPU with Triton the inner loops of the losses are those of `kernels.py`. The
+loss over the vocabulary stands in `vocabulary.py`.
 
-Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions;
-n real tokens of one sequence, r rows of a tile.
+Shapes: B batch, S sequence, N heads, D head size, H hidden; n real tokens of one sequence, r rows
+of a tile.
 """
 
 import math
 from collections.abc import Iterator
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from minibert.ops.plain import IGNORED_LABEL, SHORTEST
+from minibert.ops.plain import SHORTEST
+from minibert.ops.tiles import in_cache, kernels_for, precise, precise_dtype, scaled, tiles
+from minibert.ops.vocabulary import vocabulary_loss
 
-KERNELS = True  # False: PyTorch alone, also on a GPU
-LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
-DECODER_AT_ONCE = 2**22  # elements of a decoder that are rounded, or given a gradient, at once
-IN_CACHE = 2**18  # elements that element-wise work goes over at once: 1 MB in float32
-ON_GPU = 2**26  # in place of the last two: there it is the launches that cost
+__all__ = [
+    "attention",
+    "attention_map_loss",
+    "attention_map_mse",
+    "dropout",
+    "hidden_state_loss",
+    "hidden_state_mse",
+    "vocabulary_loss",
+]
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -98,7 +103,7 @@ class _Attention(Function):
         maps = []
         for b, real in enumerate(_real_tokens(attention_mask)):
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-            scores = (_precise(q) / math.sqrt(D)) @ _precise(k).transpose(1, 2)  # (N, n, n)
+            scores = (precise(q) / math.sqrt(D)) @ precise(k).transpose(1, 2)  # (N, n, n)
             probs = scores.softmax(-1).to(v.dtype)  # (N, n, n)
             kept, ctx.scale = _kept(probs.shape, dropout, probs.dtype)
             context[b][:, real] = ((probs * kept) @ v).mul_(ctx.scale)
@@ -141,52 +146,95 @@ def attention_map_loss(
     attention_mask: Tensor,
 ) -> Tensor:
     """KL of the attention maps of one layer, as `plain.attention_map_loss`; memory linear in S."""
-    loss = _AttentionMapLoss if _kernels(student_query) is None else _AttentionMapLossByKernels
-    return loss.apply(student_query, student_key, teacher_query, teacher_key, attention_mask)
+    models = (student_query, student_key, teacher_query, teacher_key)
+    if kernels_for(student_query) is not None:
+        return _AttentionMapLossByKernels.apply(*models, attention_mask)
+    return _AttentionMapLoss.apply(*models, attention_mask, _kl_of_rows)
+
+
+def attention_map_mse(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """Squared differences of the attention maps of one layer, as `plain.attention_map_mse`;
+    memory linear in S. There is no Triton twin of it.
+    """
+    models = (student_query, student_key, teacher_query, teacher_key)
+    return _AttentionMapLoss.apply(*models, attention_mask, _squares_of_rows)
 
 
 class _AttentionMapLoss(Function):
-    """With S = scale Q K^T and P = softmax(S), a row's KL has dKL / dS_s = P_s - P_t, hence
+    """A loss of maps P = softmax(S), S = scale Q K^T, by `loss_of_rows`, which knows dS:
 
-        dQ = scale (P_s - P_t) K,    dK = scale (P_s - P_t)^T Q
+        dQ = scale dS K,    dK = scale dS^T Q
 
     Scores are float32 whatever comes in: where the maps are close, their difference is small.
     """
 
     @staticmethod
-    def forward(ctx, student_query, student_key, teacher_query, teacher_key, attention_mask):
+    def forward(
+        ctx, student_query, student_key, teacher_query, teacher_key, attention_mask, loss_of_rows
+    ):
         B, N, S, D = student_query.shape
-        kl_sum = student_query.new_zeros((), dtype=_precise_dtype(student_query))
+        loss_sum = student_query.new_zeros((), dtype=precise_dtype(student_query))
         gradients = student_query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
             q_student, k_student, q_teacher, k_teacher = (
-                _precise(part[b][:, real]).contiguous()
+                precise(part[b][:, real]).contiguous()
                 for part in (student_query, student_key, teacher_query, teacher_key)
             )  # (N, n, D)
             query, key = (part[b][:, real].contiguous() for part in (student_query, student_key))
             n = q_student.shape[1]
             d_query, d_key = torch.empty_like(query), torch.zeros_like(k_student)  # (N, n, D)
-            for rows in _tiles(n, N * n, _at_once(key, 4 * IN_CACHE)):
-                student = _log_map(q_student[:, rows], k_student)  # (N, r, n)
-                teacher = _log_map(q_teacher[:, rows], k_teacher)  # (N, r, n)
-                teacher_probs = teacher.exp()
-                log_ratio = teacher.sub_(student)  # (N, r, n)
-                difference = student.exp_().sub_(teacher_probs)  # (N, r, n): P_s - P_t
-                kl_sum += torch.dot(teacher_probs.flatten(), log_ratio.flatten())
-                kl_sum += difference.sum()  # 0 but for the rounding of both softmaxes: taken back
-                difference = difference.to(gradients.dtype)  # subtracted before it is rounded
-                d_query[:, rows] = difference @ key
-                d_key += difference.transpose(1, 2) @ query[:, rows]
+            for rows in tiles(n, N * n, in_cache(key, times=4)):
+                rows_loss, d_scores = loss_of_rows(
+                    _scores(q_student[:, rows], k_student), _scores(q_teacher[:, rows], k_teacher)
+                )  # (), (N, r, n)
+                loss_sum += rows_loss
+                d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
+                d_query[:, rows] = d_scores @ key
+                d_key += d_scores.transpose(1, 2) @ query[:, rows]
             gradients[0, b][:, real] = d_query.div_(math.sqrt(D))
             gradients[1, b][:, real] = d_key.div_(math.sqrt(D)).to(gradients.dtype)
         ctx.save_for_backward(gradients)
-        return kl_sum
+        return loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         (gradients,) = ctx.saved_tensors
-        return *_scaled(gradients, upstream), None, None, None
+        return *scaled(gradients, upstream), None, None, None, None
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """scale Q K^T: query (N, r, D), key (N, n, D); returns (N, r, n)."""
+    return (query / math.sqrt(query.shape[-1])) @ key.transpose(1, 2)
+
+
+def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (N, r, n) of both."""
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)  # (N, r, n)
+    teacher_probs = teacher.exp()
+    log_ratio = teacher.sub_(student)  # (N, r, n)
+    difference = student.exp_().sub_(teacher_probs)  # (N, r, n): P_s - P_t
+    kl_sum = torch.dot(teacher_probs.flatten(), log_ratio.flatten())
+    # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
+    return kl_sum + difference.sum(), difference
+
+
+def _squares_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """sum (P_s - P_t)^2 and, with G = 2 (P_s - P_t) its derivative by the map,
+    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (N, r, n) of both.
+    """
+    student_probs = student.softmax(-1)  # (N, r, n)
+    difference = student_probs - teacher.softmax(-1)  # (N, r, n)
+    square_sum = torch.dot(difference.flatten(), difference.flatten())
+    weighted = difference.mul_(student_probs)  # (N, r, n): P G / 2
+    row_sums = weighted.sum(-1, keepdim=True)  # (N, r, 1)
+    return square_sum, weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
 
 
 class _AttentionMapLossByKernels(Function):
@@ -195,7 +243,7 @@ class _AttentionMapLossByKernels(Function):
     @staticmethod
     def forward(ctx, student_query, student_key, teacher_query, teacher_key, attention_mask):
         models = (student_query, student_key, teacher_query, teacher_key)
-        kernels = _kernels(student_query)
+        kernels = kernels_for(student_query)
         kl_sum, *log_sums = kernels.attention_map_loss_forward(*models, attention_mask)
         ctx.save_for_backward(student_query, student_key)
         # What was made in inference mode cannot be saved in the usual way.
@@ -210,33 +258,33 @@ class _AttentionMapLossByKernels(Function):
         return *gradients, None, None, None
 
 
-def _log_map(query: Tensor, key: Tensor) -> Tensor:
-    """log softmax(scale Q K^T): query (N, r, D), key (N, n, D); returns (N, r, n)."""
-    return ((query / math.sqrt(query.shape[-1])) @ key.transpose(1, 2)).log_softmax(-1)
-
-
 def hidden_state_loss(
     student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
 ) -> Tensor:
     """Sum over real tokens of 1 - cosine, as `plain.hidden_state_loss`."""
-    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask)
+    kernels = kernels_for(student_hidden)
+    loss_of_rows = _cosine_rows if kernels is None else kernels.cosine_rows
+    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask, loss_of_rows)
+
+
+def hidden_state_mse(
+    student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """Sum over real tokens of the mean squared difference, as `plain.hidden_state_mse`."""
+    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask, _square_rows)
 
 
 class _HiddenStateLoss(Function):
-    """With s, t the two vectors of a token and c their cosine:
-    d(1 - c) / ds = c s / |s|^2 - t / (|s| |t|).
-    """
+    """A loss of each token's two vectors by `loss_of_rows`, which fills in its gradient too."""
 
     @staticmethod
-    def forward(ctx, student_hidden, teacher_hidden, attention_mask):
+    def forward(ctx, student_hidden, teacher_hidden, attention_mask, loss_of_rows):
         H = student_hidden.shape[-1]
         student, teacher = (
             part.reshape(-1, H).contiguous() for part in (student_hidden, teacher_hidden)
         )  # (B S, H)
         gradient = torch.empty_like(student)
-        kernels = _kernels(student)
-        cosine_rows = _cosine_rows if kernels is None else kernels.cosine_rows
-        loss_sum = cosine_rows(student, teacher, gradient, attention_mask.flatten()).sum()
+        loss_sum = loss_of_rows(student, teacher, gradient, attention_mask.flatten()).sum()
         ctx.save_for_backward(gradient.view(student_hidden.shape))
         return loss_sum
 
@@ -244,14 +292,18 @@ class _HiddenStateLoss(Function):
     @once_differentiable
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, upstream), None, None
+        return scaled(gradient, upstream), None, None, None
 
 
 def _cosine_rows(student, teacher, gradient, is_real):
-    """1 - cosine of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled."""
-    losses = student.new_empty(len(student), dtype=_precise_dtype(student))
-    for rows in _tiles(*student.shape, _at_once(student, IN_CACHE)):
-        s, t = _precise(student[rows]), _precise(teacher[rows])  # (r, H)
+    """1 - cosine of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled.
+
+    With s, t the two vectors of a token and c their cosine:
+    d(1 - c) / ds = c s / |s|^2 - t / (|s| |t|).
+    """
+    losses = student.new_empty(len(student), dtype=precise_dtype(student))
+    for rows in tiles(*student.shape, in_cache(student)):
+        s, t = precise(student[rows]), precise(teacher[rows])  # (r, H)
         real = is_real[rows].bool()  # (r,)
         s_square = (s * s).sum(-1).clamp_min(SHORTEST**2)  # (r,)
         t_square = (t * t).sum(-1).clamp_min(SHORTEST**2)  # (r,)
@@ -264,141 +316,15 @@ def _cosine_rows(student, teacher, gradient, is_real):
     return losses
 
 
-def vocabulary_loss(
-    student_head: Tensor,
-    student_decoder: Tensor,
-    student_bias: Tensor,
-    teacher_head: Tensor | None,
-    teacher_decoder: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-    temperature: float = 1.0,
-    mlm_weight: float = 1.0,
-    output_weight: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both losses over the vocabulary, as `plain.vocabulary_loss`; a tile of logits at once.
-
-    Logits are float32 whatever comes in: where the models are close, the difference of their
-    distributions is small. The products of the gradient are of the heads' dtype.
+def _square_rows(student, teacher, gradient, is_real):
+    """Mean of (s - t)^2 of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled
+    with 2 (s - t) / H.
     """
-    student = (student_head, student_decoder, student_bias)
-    teacher = (teacher_head, teacher_decoder, teacher_bias)
-    weights = (temperature, mlm_weight, output_weight)
-    return _VocabularyLoss.apply(*student, *teacher, labels, *weights)
-
-
-class _VocabularyLoss(Function):
-    """With p = softmax(z) and q = softmax(z / T) of the logits z, for one row:
-
-    d mlm / dz_s = p_s - onehot(label)        d output / dz_s = T^2 (q_s - q_t) / T
-    """
-
-    @staticmethod
-    def forward(ctx, head, decoder, bias, teacher_head, teacher_decoder, teacher_bias, labels,
-                temperature, mlm_weight, output_weight):  # fmt: skip
-        V = len(decoder)
-        weights = (temperature, mlm_weight, output_weight)
-        sums = head.new_zeros(2, dtype=_precise_dtype(head))  # mlm, output
-        kernels = _kernels(head)
-        vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
-        columns = list(_tiles(*decoder.shape, _at_once(decoder, DECODER_AT_ONCE)))
-        d_head = torch.zeros_like(_precise(head))
-        d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
-        if head.is_cuda:  # rounded once; a CPU rounds a part at a time
-            decoder = decoder.to(head.dtype)
-        for rows in _tiles(len(head), V, LOGITS_AT_ONCE):
-            logits, teacher_logits = _logits(head[rows], decoder, columns), None  # (r, V)
-            if teacher_head is not None:
-                teacher_logits = _logits(teacher_head[rows], teacher_decoder, columns)  # (r, V)
-            models = (logits, teacher_logits, bias, teacher_bias)
-            mlm, output = vocabulary_rows(*models, labels[rows], *weights)  # (r,)
-            sums += torch.stack([mlm.sum(), output.sum()])
-            d_bias += logits.sum(0)  # they are overwritten by their gradient
-            d_logits = logits.to(head.dtype)  # (r, V)
-            for part in columns:
-                d_head[rows] += d_logits[:, part] @ decoder[part].to(head.dtype)
-                d_decoder[part] += d_logits[:, part].T @ head[rows]
-        ctx.save_for_backward(d_head.to(head.dtype), d_decoder, d_bias)
-        mlm_sum, output_sum = sums.unbind()
-        ctx.mark_non_differentiable(mlm_sum, output_sum)
-        return mlm_weight * mlm_sum + output_weight * output_sum, mlm_sum, output_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, _mlm, _output):
-        gradients = ctx.saved_tensors
-        if upstream.is_cuda or upstream != 1:  # on a GPU, asking would wait
-            gradients = [_scaled(gradient, upstream) for gradient in gradients]
-        return *gradients, *[None] * 7
-
-
-def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
-    """head (r, H), decoder (V, H); returns (r, V) in float32, without bias."""
-    if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(head, decoder.T, out_dtype=torch.float32)
-    logits = head.new_empty(len(head), len(decoder), dtype=_precise_dtype(head))
-    for part in columns:  # a CPU's products have the dtype of what comes in
-        torch.mm(_precise(head), _precise(decoder[part]).T, out=logits[:, part])
-    return logits
-
-
-def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels,
-                     temperature, mlm_weight, output_weight):  # fmt: skip
-    """Losses of each row, mlm (r,) and output (r,); the gradient replaces `logits` (r, V).
-
-    logits float32 or float64; biases of any dtype.
-    """
-    r, V = logits.shape
-    T = temperature
-    counts = (labels != IGNORED_LABEL)[:, None]  # (r, 1)
-    labels = labels[:, None].where(counts, 0)  # (r, 1)
-    mlm, output = logits.new_zeros(2, r, 1)
-    for rows in _tiles(r, V, _at_once(logits, IN_CACHE)):
-        z = logits[rows] + bias  # (rows, V)
-        log_p = z.log_softmax(-1)
-        mlm[rows] = -log_p.gather(1, labels[rows])
-        gradient = log_p.exp().mul_(mlm_weight)
-        gradient.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
-        if teacher_logits is not None:
-            log_q = log_p if T == 1 else (z / T).log_softmax(-1)
-            log_q_t = ((teacher_logits[rows] + teacher_bias) / T).log_softmax(-1)
-            q_t = log_q_t.exp()
-            output[rows] = T**2 * (q_t * (log_q_t - log_q)).sum(-1, keepdim=True)
-            gradient.add_(log_q.exp(), alpha=output_weight * T).sub_(q_t, alpha=output_weight * T)
-        logits[rows] = gradient.mul_(counts[rows])
-    return (mlm * counts).squeeze(1), (output * counts).squeeze(1)
-
-
-def _kernels(tensor: Tensor) -> ModuleType | None:
-    """The Triton twins, for a tensor on a GPU where Triton is installed and `KERNELS` allows."""
-    if not (KERNELS and tensor.is_cuda and find_spec("triton")) or tensor.dtype == torch.float64:
-        return None
-    from minibert.ops import kernels
-
-    return kernels
-
-
-def _tiles(num_rows: int, row_size: int, elements: int) -> Iterator[slice]:
-    """All rows in order, in slices of at most `elements` elements, one row at least."""
-    rows_at_once = max(1, elements // max(1, row_size))
-    for first in range(0, num_rows, rows_at_once):
-        yield slice(first, min(first + rows_at_once, num_rows))
-
-
-def _at_once(tensor: Tensor, elements: int) -> int:
-    """Elements of a tile: `elements` on a CPU, `ON_GPU` on a GPU."""
-    return ON_GPU if tensor.is_cuda else elements
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """In upstream's precision: rounded to bfloat16 first, it would be up to 0.4 % off for all."""
-    return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """As sums and exponentials need it: half precisions become float32."""
-    return tensor.to(_precise_dtype(tensor))
-
-
-def _precise_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    losses = student.new_empty(len(student), dtype=precise_dtype(student))
+    for rows in tiles(*student.shape, in_cache(student)):
+        real = is_real[rows, None].bool()  # (r, 1)
+        difference = precise(student[rows]) - precise(teacher[rows])  # (r, H)
+        difference = torch.where(real, difference, 0)
+        losses[rows] = difference.square().mean(-1)
+        gradient[rows] = difference.mul_(2 / student.shape[1])
+    return losses

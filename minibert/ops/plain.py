@@ -1,4 +1,4 @@
-"""Attention and the four loss terms as plain formulas: the truth that faster versions are held to.
+"""Attention and the loss terms as plain formulas: the truth that faster versions are held to.
 
 Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
 Each loss is a *sum* over what it counts; the loop divides by the counts of the whole global batch,
@@ -58,12 +58,16 @@ def vocabulary_loss(
     temperature: float = 1.0,
     mlm_weight: float = 1.0,
     output_weight: float = 1.0,
+    teacher_entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses over the vocabulary: cross-entropy with the labels, KL from the teacher.
 
         loss       = mlm_weight mlm_sum + output_weight output_sum
         mlm_sum    = sum_m -log p_s(label_m)
         output_sum = T^2 sum_m sum_v p_t(v) (log p_t(v) - log p_s(v)),   p = softmax(logits / T)
+
+    With `teacher_entropy` output_sum is the soft cross-entropy, T^2 sum_m sum_v -p_t(v) log p_s(v):
+    the KL and the teacher's entropy, which adds to the value and nothing to the gradient.
 
     heads (M, H) are the MLM heads' outputs at the masked positions, decoders (V, H), biases (V,),
     labels (M,) the original ids or -100 for a row that does not count. Without a teacher (None)
@@ -79,8 +83,12 @@ def vocabulary_loss(
     teacher_logits = _logits(teacher_head, teacher_decoder, teacher_bias)  # (M, V)
     student_log_probs = (student_logits / temperature).log_softmax(dim=-1)  # (M, V)
     teacher_log_probs = (teacher_logits / temperature).log_softmax(dim=-1)  # (M, V)
-    kl = (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(dim=-1)  # (M,)
-    output_sum = kl[labels != IGNORED_LABEL].sum() * temperature**2
+    teacher_probs = teacher_log_probs.exp()  # (M, V)
+    if teacher_entropy:
+        distances = -(teacher_probs * student_log_probs).sum(dim=-1)  # (M,): cross-entropy
+    else:
+        distances = (teacher_probs * (teacher_log_probs - student_log_probs)).sum(dim=-1)  # KL
+    output_sum = distances[labels != IGNORED_LABEL].sum() * temperature**2
     loss = mlm_weight * mlm_sum + output_weight * output_sum
     return loss, mlm_sum.detach(), output_sum.detach()
 
@@ -112,6 +120,28 @@ def attention_map_loss(
     return kl.masked_fill(~pairs, 0).sum()
 
 
+def attention_map_mse(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """Squared differences of the attention maps of one layer, from queries and keys of both models.
+
+        square_sum = sum over heads and real rows i of sum_j (P_s[i, j] - P_t[i, j])^2
+
+    Arguments as in `attention_map_loss`; the maps are those after softmax, before dropout. Columns
+    of padding are 0 in both. A mean over all elements of the padded maps, as in TinyBERT (Jiao et
+    al., arXiv 1909.10351) and in the authors' script, counts the rows of padding too, which hold
+    whatever padding looks at; here they do not count. Returns a scalar.
+    """
+    student_probs = attention_scores(student_query, student_key, attention_mask).softmax(-1)
+    teacher_probs = attention_scores(teacher_query, teacher_key, attention_mask).softmax(-1)
+    padding_rows = attention_mask[:, None, :, None] == 0  # (B, 1, S, 1)
+    return (student_probs - teacher_probs).square().masked_fill(padding_rows, 0).sum()
+
+
 def hidden_state_loss(
     student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
 ) -> Tensor:
@@ -123,6 +153,20 @@ def hidden_state_loss(
     student_rows = _at_least_float32(student_hidden[real])  # (real tokens, H)
     teacher_rows = _at_least_float32(teacher_hidden[real])  # (real tokens, H)
     return (1 - F.cosine_similarity(student_rows, teacher_rows, dim=-1, eps=SHORTEST)).sum()
+
+
+def hidden_state_mse(
+    student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """sum over real tokens of the mean over H of (student - teacher)^2, at one level.
+
+    hidden states (B, S, H), attention_mask (B, S), 1 = real. A mean over all elements, as in the
+    authors' script, counts padding too; here only real tokens count. Returns a scalar.
+    """
+    real = attention_mask.bool()  # (B, S)
+    student_rows = _at_least_float32(student_hidden[real])  # (real tokens, H)
+    teacher_rows = _at_least_float32(teacher_hidden[real])  # (real tokens, H)
+    return (student_rows - teacher_rows).square().mean(dim=-1).sum()
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -60,13 +60,13 @@ class NonfiniteWatch:
                 self.skipped += 1
                 self._report(done, row)
         self.unseen.clear()
-        return named_figures(rows[-1])
+        return named_figures(rows[-1], self.run)
 
     def _report(self, done: int, row: list[float]) -> None:
         """Write down what was in the batch, and end the run where it may not be passed over."""
         run = self.run
         path = run.out / f"nonfinite_step_{done:06d}.json"
-        figures = named_figures(row)
+        figures = named_figures(row, run)
         if rank() == 0:
             settings = {"data": str(run.data), "max_length": run.max_length, "step": done - 1}
             settings |= {"batch_size": run.batch_size, "seed": run.seed}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minibert.config import RunConfig
 from minibert.errors import InputError
 from minibert.files import atomic_file, naming
 from minibert.progress import ProgressLine, duration
@@ -131,24 +132,21 @@ def how_to_go_on(run_folder: Path) -> str:
     return f"--out {run_folder} --resume goes on"
 
 
-def named_figures(row: list[float]) -> dict[str, float | list[float]]:
-    """The figures of an update by name.
+def named_figures(row: list[float], run: RunConfig) -> dict[str, float | list[float]]:
+    """The figures of an update by name; what `run` does not compare has none.
 
-    row: loss, mlm_loss, hidden_loss of each of L layers, attention_loss of each, output_loss,
-    grad_norm; L is 0 where no teacher is followed, and then there is no output_loss.
+    row: loss, mlm_loss, hidden_loss of each of the run's `hidden_pairs`, attention_loss of each of
+    its `attention_pairs`, output_loss, grad_norm.
     """
-    loss, mlm_loss, *layers, output_loss, grad_norm = row
-    L = len(layers) // 2
+    loss, mlm_loss, *terms, output_loss, grad_norm = row
+    split = len(run.hidden_pairs)
+    per_layer = {"hidden_loss": terms[:split], "attention_loss": terms[split:]}
+    per_layer = {name: losses for name, losses in per_layer.items() if losses}
     figures = {"loss": loss, "mlm_loss": mlm_loss}
-    if L > 0:
-        hidden_loss, attention_loss = layers[:L], layers[L:]
-        figures |= {
-            "hidden_loss": sum(hidden_loss),
-            "attention_loss": sum(attention_loss),
-            "output_loss": output_loss,
-            "hidden_loss_per_layer": hidden_loss,
-            "attention_loss_per_layer": attention_loss,
-        }
+    figures |= {name: sum(losses) for name, losses in per_layer.items()}
+    if run.follows_teacher:
+        figures["output_loss"] = output_loss
+    figures |= {f"{name}_per_layer": losses for name, losses in per_layer.items()}
     return figures | {"grad_norm": grad_norm}
 
 

@@ -1,0 +1,52 @@
+"""What the fused operations share: the size of a tile, the precision of a sum, the Triton twins."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+KERNELS = True  # False: PyTorch alone, also on a GPU
+IN_CACHE = 2**18  # elements that element-wise work goes over at once: 1 MB in float32
+ON_GPU = 2**26  # in place of what is at once on a CPU: on a GPU it is the launches that cost
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """The Triton twins, for a tensor on a GPU where Triton is installed and `KERNELS` allows."""
+    if not (KERNELS and tensor.is_cuda and find_spec("triton")) or tensor.dtype == torch.float64:
+        return None
+    from minibert.ops import kernels
+
+    return kernels
+
+
+def tiles(num_rows: int, row_size: int, elements: int) -> Iterator[slice]:
+    """All rows in order, in slices of at most `elements` elements, one row at least."""
+    rows_at_once = max(1, elements // max(1, row_size))
+    for first in range(0, num_rows, rows_at_once):
+        yield slice(first, min(first + rows_at_once, num_rows))
+
+
+def at_once(tensor: Tensor, elements: int) -> int:
+    """Elements of a tile: `elements` on a CPU, `ON_GPU` on a GPU."""
+    return ON_GPU if tensor.is_cuda else elements
+
+
+def in_cache(tensor: Tensor, times: int = 1) -> int:
+    """Elements of a tile for element-wise work: so many `IN_CACHE` on a CPU."""
+    return at_once(tensor, times * IN_CACHE)
+
+
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """In upstream's precision: rounded to bfloat16 first, it would be up to 0.4 % off for all."""
+    return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """As sums and exponentials need it: half precisions become float32."""
+    return tensor.to(precise_dtype(tensor))
+
+
+def precise_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,147 @@
+"""The fused losses over the vocabulary: cross-entropy with the labels, distance to the teacher.
+
+As in `fused.py`: formed with their gradient tile by tile, so that the logits of all masked
+positions never exist at once; on a GPU with Triton the rows of a tile are those of `kernels.py`.
+
+Shapes: H hidden, V vocabulary, M masked positions; r rows of a tile.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from minibert.ops.plain import IGNORED_LABEL
+from minibert.ops.tiles import (
+    at_once,
+    in_cache,
+    kernels_for,
+    precise,
+    precise_dtype,
+    scaled,
+    tiles,
+)
+
+LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
+DECODER_AT_ONCE = 2**22  # elements of a decoder that are rounded, or given a gradient, at once
+
+
+def vocabulary_loss(
+    student_head: Tensor,
+    student_decoder: Tensor,
+    student_bias: Tensor,
+    teacher_head: Tensor | None,
+    teacher_decoder: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    temperature: float = 1.0,
+    mlm_weight: float = 1.0,
+    output_weight: float = 1.0,
+    teacher_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both losses over the vocabulary, as `plain.vocabulary_loss`; a tile of logits at once.
+
+    Logits are float32 whatever comes in: where the models are close, the difference of their
+    distributions is small. The products of the gradient are of the heads' dtype.
+    """
+    student = (student_head, student_decoder, student_bias)
+    teacher = (teacher_head, teacher_decoder, teacher_bias)
+    weights = (temperature, mlm_weight, output_weight)
+    return _VocabularyLoss.apply(*student, *teacher, labels, *weights, teacher_entropy)
+
+
+class _VocabularyLoss(Function):
+    """With p = softmax(z) and q = softmax(z / T) of the logits z, for one row:
+
+    d mlm / dz_s = p_s - onehot(label)        d output / dz_s = T^2 (q_s - q_t) / T
+    """
+
+    @staticmethod
+    def forward(ctx, head, decoder, bias, teacher_head, teacher_decoder, teacher_bias, labels,
+                temperature, mlm_weight, output_weight, teacher_entropy):  # fmt: skip
+        V = len(decoder)
+        weights = (temperature, mlm_weight, output_weight)
+        sums = head.new_zeros(2, dtype=precise_dtype(head))  # mlm, output
+        kernels = kernels_for(head)
+        vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
+        columns = list(tiles(*decoder.shape, at_once(decoder, DECODER_AT_ONCE)))
+        d_head = torch.zeros_like(precise(head))
+        d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
+        if head.is_cuda:  # rounded once; a CPU rounds a part at a time
+            decoder = decoder.to(head.dtype)
+        for rows in tiles(len(head), V, LOGITS_AT_ONCE):
+            logits, teacher_logits = _logits(head[rows], decoder, columns), None  # (r, V)
+            if teacher_head is not None:
+                teacher_logits = _logits(teacher_head[rows], teacher_decoder, columns)  # (r, V)
+            models = (logits, teacher_logits, bias, teacher_bias)
+            mlm, output = vocabulary_rows(*models, labels[rows], *weights)  # (r,)
+            if teacher_entropy and teacher_head is not None:
+                entropy = _entropy_rows(teacher_logits, teacher_bias, labels[rows], temperature)
+                output = output + temperature**2 * entropy
+            sums += torch.stack([mlm.sum(), output.sum()])
+            d_bias += logits.sum(0)  # they are overwritten by their gradient
+            d_logits = logits.to(head.dtype)  # (r, V)
+            for part in columns:
+                d_head[rows] += d_logits[:, part] @ decoder[part].to(head.dtype)
+                d_decoder[part] += d_logits[:, part].T @ head[rows]
+        ctx.save_for_backward(d_head.to(head.dtype), d_decoder, d_bias)
+        mlm_sum, output_sum = sums.unbind()
+        ctx.mark_non_differentiable(mlm_sum, output_sum)
+        return mlm_weight * mlm_sum + output_weight * output_sum, mlm_sum, output_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, _mlm, _output):
+        gradients = ctx.saved_tensors
+        if upstream.is_cuda or upstream != 1:  # on a GPU, asking would wait
+            gradients = [scaled(gradient, upstream) for gradient in gradients]
+        return *gradients, *[None] * 8
+
+
+def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
+    """head (r, H), decoder (V, H); returns (r, V) in float32, without bias."""
+    if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(head, decoder.T, out_dtype=torch.float32)
+    logits = head.new_empty(len(head), len(decoder), dtype=precise_dtype(head))
+    for part in columns:  # a CPU's products have the dtype of what comes in
+        torch.mm(precise(head), precise(decoder[part]).T, out=logits[:, part])
+    return logits
+
+
+def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels,
+                     temperature, mlm_weight, output_weight):  # fmt: skip
+    """Losses of each row, mlm (r,) and output (r,); the gradient replaces `logits` (r, V).
+
+    logits float32 or float64; biases of any dtype.
+    """
+    r, V = logits.shape
+    T = temperature
+    counts = (labels != IGNORED_LABEL)[:, None]  # (r, 1)
+    labels = labels[:, None].where(counts, 0)  # (r, 1)
+    mlm, output = logits.new_zeros(2, r, 1)
+    for rows in tiles(r, V, in_cache(logits)):
+        z = logits[rows] + bias  # (rows, V)
+        log_p = z.log_softmax(-1)
+        mlm[rows] = -log_p.gather(1, labels[rows])
+        gradient = log_p.exp().mul_(mlm_weight)
+        gradient.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
+        if teacher_logits is not None:
+            log_q = log_p if T == 1 else (z / T).log_softmax(-1)
+            log_q_t = ((teacher_logits[rows] + teacher_bias) / T).log_softmax(-1)
+            q_t = log_q_t.exp()
+            output[rows] = T**2 * (q_t * (log_q_t - log_q)).sum(-1, keepdim=True)
+            gradient.add_(log_q.exp(), alpha=output_weight * T).sub_(q_t, alpha=output_weight * T)
+        logits[rows] = gradient.mul_(counts[rows])
+    return (mlm * counts).squeeze(1), (output * counts).squeeze(1)
+
+
+def _entropy_rows(logits, bias, labels, temperature):
+    """Entropy of softmax(logits / temperature) in each row, (r,); 0 in rows that do not count.
+
+    The student has no part in it, nor has the gradient: so it stands apart from `_vocabulary_rows`
+    and from its Triton twin.
+    """
+    entropy = logits.new_zeros(len(logits))
+    for rows in tiles(*logits.shape, in_cache(logits)):
+        log_q = ((logits[rows] + bias) / temperature).log_softmax(-1)  # (rows, V)
+        entropy[rows] = -(log_q.exp() * log_q).sum(-1)
+    return entropy * (labels != IGNORED_LABEL)
