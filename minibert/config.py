@@ -283,6 +283,11 @@ class RunConfig:
         for entry in dataclasses.fields(cls):
             value = settings.get(entry.name, entry.default)
             kind, choices = entry.metadata.get("type"), entry.metadata.get("choices")
+            if value is None and entry.default is not None:
+                raise InputError(f"{path}: {entry.name} is null; expected a value")
+            if "action" in entry.metadata and type(value) is not bool:
+                found = reprlib.repr(value)
+                raise InputError(f"{path}: {entry.name} is {found}; expected true or false")
             try:
                 if value is not None and kind is not None:
                     items = value if isinstance(value, list | tuple) else [value]

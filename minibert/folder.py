@@ -41,7 +41,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse what the library lets pass: a name twice (it takes the last), any number of names."""
+    """Refuse what the library lets pass: any number of names, one that stands twice (the last
+    would count), one that would write elsewhere on the screen."""
     size = file_size(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -49,7 +50,9 @@ def _check_header(path: Path) -> None:
             raise InputError(f"{path}: not a whole safetensors file (a header of {length:,} bytes)")
         header = file.read(length)
     try:
-        parse_json(header)
+        names = parse_json(header)
+        if not isinstance(names, dict) or not all(map(str.isprintable, names)):
+            raise ValueError("no dict of printable names")
     except ValueError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 

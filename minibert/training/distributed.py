@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minibert.errors import BAD_INPUT_STATUS, InputError, Stopped, in_one_line
@@ -57,17 +58,32 @@ def ranks_joined() -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
     try:
+        store, number, size = next(rendezvous("env://", timeout=LONGEST_WAIT))
+        store = dist.PrefixStore(_attempt(), store)
+        dist.init_process_group(
+            backend, store=store, rank=number, world_size=size, timeout=LONGEST_WAIT
+        )
         yield
     except (InputError, OSError) as error:
         raise InputError(f"rank {rank()}: {in_one_line(error)}") from None
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        print(f"rank {rank()} ends, for it lost touch with another", file=sys.stderr)
+        number = os.environ["RANK"]
+        print(f"rank {number} ends, for it lost touch with another", file=sys.stderr)
         raise Stopped(1) from None
     dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """Names this start of the ranks, the same on all of them.
+
+    torchrun keeps one store over its restarts (torch 2.13), and a rank would look for the others
+    where they were before. Machines may count restarts differently: with several, none is named.
+    """
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "0"
 
 
 @contextmanager
