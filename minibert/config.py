@@ -253,8 +253,13 @@ class RunConfig:
             parser.add_argument(f"--{entry.name.replace('_', '-')}", default=SUPPRESS, **options)
 
     @classmethod
-    def from_flags(cls, given: dict[str, Any]) -> "RunConfig":
-        """What the flags say, the rest by the recipe; with --resume what the run began with."""
+    def from_flags(cls, given: dict[str, Any], restarted: bool = False) -> "RunConfig":
+        """What the flags say, the rest by the recipe; with --resume what the run began with.
+
+        restarted: by torchrun, after a rank had ended; a run that these flags began is resumed.
+        """
+        if restarted and cls._began_with(given):
+            given = given | {"resume": True}
         if not given.get("resume"):
             return cls(**given).resolved()
         if "out" not in given:
@@ -272,6 +277,16 @@ class RunConfig:
                     f"({path}); it cannot change on --resume"
                 )
         return dataclasses.replace(run, **given).resolved()
+
+    @classmethod
+    def _began_with(cls, given: dict[str, Any]) -> bool:
+        """Whether the run in --out is the one that these flags began."""
+        asked = cls(**given).resolved()
+        if not (asked.out / "config.json").exists():
+            return True
+        begun = dataclasses.asdict(cls.read(asked.out / "config.json"))
+        settings = dataclasses.asdict(asked) | {"resume": begun["resume"]}
+        return all(value in (None, begun[name]) for name, value in settings.items())
 
     @classmethod
     def read(cls, path: Path) -> "RunConfig":

@@ -35,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
-        self.exit(BAD_INPUT_STATUS, f"error: {message} (see {self.prog} --help)\n")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def in_one_line(error: Exception) -> str:

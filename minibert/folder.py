@@ -4,7 +4,6 @@ The tensors carry our own names and the tied matrix stands once; `convert_weight
 from and to Hugging Face's.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -89,9 +88,11 @@ def fill_folder(
     write_tensors(folder / WEIGHTS, tensors, metadata)
     settings = {"architectures": [model_class.__name__]} | config.to_dict()
     write_json(folder / CONFIG, settings)
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    there = [name for name in TOKENIZER_FILES if (tokenizer_from / name).is_file()]
+    if not there:
+        raise InputError(f"{tokenizer_from}: {' and '.join(TOKENIZER_FILES)} are gone")
+    for name in there:  # copyfile would name what it reads where it cannot write
+        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
 
 
 class ModelFolder(NamedTuple):

@@ -104,6 +104,8 @@ def save_checkpoint(
     """
     with together():
         if rank() == 0:
+            if not run_folder.is_dir():  # made anew, it could not be gone on with
+                raise InputError(f"{run_folder}: gone, with all that was saved")
             _write_checkpoint(run_folder, state, model, optimizer)
             for old in checkpoints(run_folder)[:-keep]:  # half of one is none, whoever looks
                 shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
