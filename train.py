@@ -24,7 +24,7 @@ from minibert.config import BertConfig, RunConfig
 from minibert.data.batches import Batches, GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.demonstration import demonstration
-from minibert.errors import ArgumentParser, Stopped, run_command
+from minibert.errors import ArgumentParser, InputError, Stopped, run_command
 from minibert.evaluate import check_fit, evaluate, load_for_corpus
 from minibert.files import sha256_of_files
 from minibert.folder import WEIGHTS, save_model
@@ -281,14 +281,16 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 def main() -> None:
     parser = ArgumentParser(prog="python train.py", description=__doc__.split("\n")[0])
     RunConfig.add_flags(parser)
-    given = vars(parser.parse_args())
-    if not given:
-        demonstration(train)
-        return
-    if is_restart():  # by torchrun, after a rank had ended
-        given["resume"] = True
     with ranks_joined():
-        run = from_rank_0(lambda: RunConfig.from_flags(given))
+        with together():
+            given = vars(parser.parse_args())
+            if not given and world_size() > 1:
+                raise InputError("without flags this is the demonstration, for one process")
+        if not given:
+            demonstration(train)
+            return
+        (restarted,) = agreed(is_restart())
+        run = from_rank_0(lambda: RunConfig.from_flags(given, restarted))
         advice = f"less than --micro-batch-tokens {run.micro_batch_tokens} needs less"
         try:
             with out_of_memory_is_told(advice):

@@ -257,8 +257,13 @@ class RunConfig:
         )  # fmt: skip
 
     @classmethod
-    def from_flags(cls, given: dict[str, Any]) -> "RunConfig":
-        """What the flags say, the rest by the recipe; with --resume what the run began with."""
+    def from_flags(cls, given: dict[str, Any], restarted: bool = False) -> "RunConfig":
+        """What the flags say, the rest by the recipe; with --resume what the run began with.
+
+        restarted: by torchrun, after a rank had ended; a run that these flags began is resumed.
+        """
+        if restarted and cls._began_with(given):
+            given = given | {"resume": True}
         if not given.get("resume"):
             return cls(**given).resolved()
         if "out" not in given:
@@ -280,6 +285,16 @@ class RunConfig:
         return dataclasses.replace(run, **given).resolved()
 
     @classmethod
+    def _began_with(cls, given: dict[str, Any]) -> bool:
+        """Whether the run in --out is the one that these flags began."""
+        asked = cls(**given).resolved()
+        if not (asked.out / "config.json").exists():
+            return True
+        begun = dataclasses.asdict(cls.read(asked.out / "config.json"))
+        settings = dataclasses.asdict(asked) | {"resume": begun["resume"]}
+        return all(value in (None, begun[name]) for name, value in settings.items())
+
+    @classmethod
     def read(cls, path: Path) -> "RunConfig":
         """Read the settings in a run's config.json, by the same rules as flags; errors name it."""
         settings = read_json(path).get("run")
@@ -289,6 +304,11 @@ class RunConfig:
         for entry in dataclasses.fields(cls):
             value = settings.get(entry.name, entry.default)
             kind, choices = entry.metadata.get("type"), entry.metadata.get("choices")
+            if value is None and entry.default is not None:
+                raise InputError(f"{path}: {entry.name} is null; expected a value")
+            if "action" in entry.metadata and type(value) is not bool:
+                found = reprlib.repr(value)
+                raise InputError(f"{path}: {entry.name} is {found}; expected true or false")
             try:
                 if kind is recipe_at and isinstance(value, dict):
                     value = Recipe.from_dict(str(value.pop("name", path.name)), value)

@@ -1,13 +1,11 @@
 """What a bare `python train.py` does: a corpus, a teacher and a student in two minutes."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from minibert.config import BertConfig, RunConfig
 from minibert.data import demo
-from minibert.errors import InputError
 from minibert.files import write_json
 from minibert.prepare import prepare
 
@@ -28,8 +26,6 @@ DEMO_TEACHING = {"steps": 800, "learning_rate": 4e-3, "warmup_steps": 80, "save_
 
 def demonstration(train: Callable[[RunConfig], None]) -> None:
     """The whole way on text of our own: a corpus, a teacher of 12 layers, a student of 6."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("the demonstration, train.py without flags, is for one process")
     folder = Path("runs/demo")
     text, vocabulary, corpus = (folder / n for n in ("abstracts.jsonl", "vocab.txt", "corpus"))
     teacher, compact = folder / "teacher", folder / "compact"

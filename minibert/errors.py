@@ -35,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
-        self.exit(BAD_INPUT_STATUS, f"error: {message} (see {self.prog} --help)\n")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def in_one_line(error: Exception) -> str:
@@ -43,7 +43,8 @@ def in_one_line(error: Exception) -> str:
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    return " ".join(message.split())  # names from a file may hold line breaks
+    words = " ".join(message.split())  # names from a file may hold line breaks, or move the cursor
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def run_command(main: Callable[[], None]) -> int:

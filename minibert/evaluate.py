@@ -21,7 +21,7 @@ from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.folder import load_model
 from minibert.model import BertForMaskedLM
 from minibert.progress import counted
-from minibert.training.distributed import summed
+from minibert.training.distributed import rank, summed
 
 MLM_FIGURES = ("mlm_loss", "mlm_accuracy")
 TEACHER_FIGURES = (
@@ -46,7 +46,7 @@ def evaluate(
     device = model.decoder.device
     names = MLM_FIGURES if teacher is None else MLM_FIGURES + TEACHER_FIGURES
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # last: the masked positions
-    for micro_batch in counted(micro_batches, "evaluating"):
+    for micro_batch in counted(micro_batches, "evaluating", quiet=rank() > 0):
         batch = micro_batch.to(device)
         log_probs = _log_probs(model, batch)  # (M, V)
         figures = _mlm_figures(log_probs, batch)

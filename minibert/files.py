@@ -76,6 +76,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it takes the place of `path`, old or new."""
     partial = path.with_name(path.name + ".partial")
+    replaced = path.with_name(path.name + ".replaced")
+    if replaced.exists() and not path.exists():  # a kill between the two renames below
+        os.rename(replaced, path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -84,7 +87,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 _sync(file)
             _sync(partial)
-            replaced = path.with_name(path.name + ".replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             if path.exists():  # a folder cannot be renamed over a full one: step aside first
                 os.rename(path, replaced)
@@ -100,6 +102,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network disks cannot do it for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -168,6 +173,7 @@ def sha256_of_files(*paths: Path) -> str:
     """What `cat PATHS | sha256sum` prints."""
     digest = hashlib.sha256()
     for path in paths:
+        file_size(path)  # a pipe would be waited for
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

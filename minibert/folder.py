@@ -4,7 +4,6 @@ The tensors carry our own names and the tied matrix stands once; `convert_weight
 from and to Hugging Face's.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +40,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse what the library lets pass: a name twice (it takes the last), any number of names."""
+    """Refuse what the library lets pass: any number of names, one that stands twice (the last
+    would count), one that would write elsewhere on the screen."""
     size = file_size(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -49,7 +49,9 @@ def _check_header(path: Path) -> None:
             raise InputError(f"{path}: not a whole safetensors file (a header of {length:,} bytes)")
         header = file.read(length)
     try:
-        parse_json(header)
+        names = parse_json(header)
+        if not isinstance(names, dict) or not all(map(str.isprintable, names)):
+            raise ValueError("no dict of printable names")
     except ValueError as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
@@ -86,9 +88,11 @@ def fill_folder(
     write_tensors(folder / WEIGHTS, tensors, metadata)
     settings = {"architectures": [model_class.__name__]} | config.to_dict()
     write_json(folder / CONFIG, settings)
-    for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
+    there = [name for name in TOKENIZER_FILES if (tokenizer_from / name).is_file()]
+    if not there:
+        raise InputError(f"{tokenizer_from}: {' and '.join(TOKENIZER_FILES)} are gone")
+    for name in there:  # copyfile would name what it reads where it cannot write
+        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
 
 
 class ModelFolder(NamedTuple):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -25,23 +26,30 @@ class ProgressLine:
             return
         self.shown_at = time.monotonic()
         if self.in_place:
-            print(f"\r{text:<{self.width}}", end="", file=sys.stderr, flush=True)
+            _print(f"\r{text:<{self.width}}", end="")
             self.width = len(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            _print(text)
 
     def clear(self) -> None:
         """Leave the terminal's line empty for what is printed next."""
         if self.width:
-            print(f"\r{'':<{self.width}}\r", end="", file=sys.stderr, flush=True)
+            _print(f"\r{'':<{self.width}}\r", end="")
             self.width = 0
 
 
-def counted(items: Sequence[Item], what: str) -> Iterator[Item]:
+def _print(text: str, end: str = "\n") -> None:
+    """Nobody may be there to read it: no reason to end what is being done."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def counted(items: Sequence[Item], what: str, quiet: bool = False) -> Iterator[Item]:
     """The items themselves, counted on a progress line while they are used."""
     line = ProgressLine()
     for number, item in enumerate(items, start=1):
-        line.show(f"{what} {number}/{len(items)}")
+        if not quiet:
+            line.show(f"{what} {number}/{len(items)}")
         yield item
     line.clear()
 

@@ -11,14 +11,14 @@ Shapes: B sequences of a micro-batch, S its longest sequence, M its masked posit
 import multiprocessing
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from minibert.data.corpus import Corpus
 from minibert.errors import InputError
@@ -120,33 +120,29 @@ class Batches:
 
         The process ends with the context. pinned: in memory that a GPU copies from by itself.
         """
-        others = set(multiprocessing.active_children())
-        with without_signals():  # nor in the worker, ever: they are for us to answer
-            arriving = iter(
-                DataLoader(
-                    self, batch_size=None, sampler=steps, num_workers=1, collate_fn=_as_it_comes
-                )
-            )
-        workers = set(multiprocessing.active_children()) - others
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        worker = multiprocessing.Process(target=_build, args=(self, steps, reader, writer))
         try:
-            yield self._received(arriving, pinned)
+            with without_signals():  # nor in the worker, ever: they are for us to answer
+                worker.start()
+            writer.close()  # or we would wait for what a worker that is gone had begun to send
+            yield self._received(steps, reader, worker, pinned)
         finally:
-            for worker in workers:
+            reader.close()
+            if worker.pid is not None:
                 worker.kill()
                 worker.join()
 
-    def _received(self, arriving: Iterator[Any], pinned: bool) -> Iterator[GlobalBatch]:
+    def _received(
+        self, steps: range, reader: Connection, worker: multiprocessing.Process, pinned: bool
+    ) -> Iterator[GlobalBatch]:
         """What the worker sends as batches of tensors; its errors raised here."""
-        while True:
+        for _ in steps:
             try:
-                batch = next(arriving)
-            except StopIteration:
-                return
-            except RuntimeError as error:  # the worker is gone, perhaps by a file cut short
-                reason = str(error).split("\n")[0]
-                raise InputError(
-                    f"{self.corpus.folder}: its reader ended ({reason}); was a file cut short?"
-                ) from None
+                batch = reader.recv()
+            except (EOFError, OSError):  # it is gone
+                worker.join()
+                raise InputError(self._why_it_ended(worker.exitcode)) from None
             if isinstance(batch, Exception):
                 raise batch
             tensors = [[torch.from_numpy(array) for array in part] for part in batch.micro_batches]
@@ -154,15 +150,23 @@ class Batches:
                 tensors = [[tensor.pin_memory() for tensor in part] for part in tensors]
             yield batch._replace(micro_batches=[MicroBatch(*part) for part in tensors])
 
-    def __getitem__(self, step: int) -> GlobalBatch | Exception:
+    def _why_it_ended(self, exitcode: int) -> str:
+        """What is known of a worker that is gone."""
+        told = f"{self.corpus.folder}: its reader ended"
+        if exitcode >= 0:
+            return f"{told} with status {exitcode}"
+        name = signal.Signals(-exitcode).name
+        causes = {"SIGBUS": "a file was cut short", "SIGKILL": "perhaps memory ran out"}
+        return f"{told} by {name}" + (f"; {causes[name]}" if name in causes else "")
+
+    def to_send(self, step: int) -> GlobalBatch | Exception:
         """As `at`, in what goes from process to process.
 
-        Arrays instead of tensors, each of which would take a file descriptor; an error as a value,
-        since the loader would wrap it in a traceback.
+        Arrays instead of tensors, each of which would take a file descriptor; an error as a value.
         """
         try:
             batch = self.at(step)
-        except (InputError, OSError) as error:
+        except (InputError, OSError, MemoryError) as error:
             return error
         arrays = [[tensor.numpy() for tensor in part] for part in batch.micro_batches]
         return batch._replace(micro_batches=[MicroBatch(*part) for part in arrays])
@@ -242,29 +246,25 @@ def longest_first(sequences: list[Sequence]) -> list[Sequence]:
     return sorted(sequences, key=lambda sequence: -len(sequence.input_ids))
 
 
-def _as_it_comes(batch: Any) -> Any:
-    """The loader would make tensors of arrays."""
-    return batch
+def _build(batches: Batches, steps: range, reader: Connection, writer: Connection) -> None:
+    """The worker: sends one batch after the other, each when the one before has been taken."""
+    reader.close()  # so that sending fails, and this ends, where the run is gone
+    with suppress(BrokenPipeError):
+        for step in steps:
+            writer.send(batches.to_send(step))
 
 
 @contextmanager
 def without_signals() -> Iterator[None]:
-    """Requests to end wait until the end of this; processes begun here never see them.
-
-    DataLoader's own handler, which raises wherever the program is when a worker dies, is undone:
-    the loader tells as well, when the next batch is asked for.
-    """
+    """Requests to end wait until the end of this; processes begun here never see them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     requests = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, requests)
-    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGCHLD) is not handler:
-            signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 

@@ -14,6 +14,7 @@ are read, and in whatever order.
 import hashlib
 import reprlib
 import shutil
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -250,9 +251,11 @@ def _map_offsets(path: Path, meta: dict[str, Any]) -> np.ndarray:
     """(documents + 1,) int64, memory-mapped: rises from 0 to the number of tokens."""
     file_size(path)
     try:
-        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file that is refused, one line is enough
+            offsets = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header makes NumPy raise nearly anything
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0][:200]
         raise InputError(f"{path}: not a whole NumPy file ({reason})") from None
     expected = (meta["documents"] + 1,)
     if not isinstance(offsets, np.ndarray):

@@ -59,13 +59,16 @@ def run_folder(run: RunConfig, identity: dict[str, str]) -> Iterator[None]:
                 stack.enter_context(locked(run.out / LOCK))
                 if begun:
                     _refuse_another(run, identity)
+                for leftover in run.out.glob("step_*.partial"):  # a kill while saving or removing
+                    shutil.rmtree(leftover)
                 write_json(run.out / CONFIG, {"run": run.to_dict(), "identity": identity})
         yield
 
 
 def _is_strange(folder: Path) -> bool:
     """Whether a folder holds what no run has put there before its config.json."""
-    return folder.exists() and any(path.name != LOCK for path in folder.iterdir())
+    before = (LOCK, CONFIG + ".partial")
+    return folder.exists() and any(path.name not in before for path in folder.iterdir())
 
 
 def _refuse_another(run: RunConfig, identity: dict[str, str]) -> None:
@@ -101,9 +104,11 @@ def save_checkpoint(
     """
     with together():
         if rank() == 0:
+            if not run_folder.is_dir():  # made anew, it could not be gone on with
+                raise InputError(f"{run_folder}: gone, with all that was saved")
             _write_checkpoint(run_folder, state, model, optimizer)
-            for old in checkpoints(run_folder)[:-keep]:
-                shutil.rmtree(old)
+            for old in checkpoints(run_folder)[:-keep]:  # half of one is none, whoever looks
+                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
 
 
 def _write_checkpoint(

@@ -9,6 +9,8 @@ Without torchrun there is one rank, and nothing here does anything.
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minibert.errors import BAD_INPUT_STATUS, InputError, Stopped, in_one_line
@@ -56,18 +59,49 @@ def ranks_joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    number = os.environ["RANK"]
     try:
+        store, *place = next(rendezvous("env://", timeout=LONGEST_WAIT))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            timeout=LONGEST_WAIT,
+            store=_of_this_attempt(store, *place),
+            rank=place[0],
+            world_size=place[1],
+        )
         yield
     except (InputError, OSError) as error:
-        raise InputError(f"rank {rank()}: {in_one_line(error)}") from None
+        raise InputError(f"rank {number}: {in_one_line(error)}") from None
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
-        print(f"rank {rank()} ends, for it lost touch with another", file=sys.stderr)
+        print(f"rank {number} ends, for it lost touch with another", file=sys.stderr)
         raise Stopped(1) from None
     dist.destroy_process_group()
+
+
+def _of_this_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of the store where no earlier attempt of this torchrun has left anything.
+
+    torchrun keeps one store for all its restarts (torch 2.13), where ranks would find the addresses
+    of those that have ended. So rank 0 names the attempt, and confirms to every other that it knows
+    the name: the one that it finds at first may be an old one.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, world_size):
+            store.set(store.get(f"{mine}/{other}").decode(), "confirmed")  # get waits for it
+        return dist.PrefixStore(mine, store)
+    latest = time.monotonic() + LONGEST_WAIT.total_seconds()
+    while time.monotonic() < latest:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", mine)
+        if store.check([mine]):
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.1)
+    raise dist.DistStoreError("rank 0 is silent")
 
 
 @contextmanager

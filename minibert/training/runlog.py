@@ -67,7 +67,6 @@ class RunLog:
         tokens_per_second = self.tokens / (now - self.clock)
         self.tokens, self.clock = 0, now
         counts = {"skipped_updates": skipped} if skipped else {}
-        figures = {name: _finite(value) for name, value in figures.items()}
         self._write(
             step,
             **figures,
@@ -81,7 +80,7 @@ class RunLog:
         terms = "  ".join(
             f"{name.removesuffix('_loss')} {value:.3f}"
             for name, value in figures.items()
-            if name.endswith("loss") and value is not None
+            if name.endswith("loss")
         )
         self.line.show(
             f"step {step}/{self.steps}  {terms}  {tokens_per_second:,.0f} tokens/s  "
@@ -124,6 +123,7 @@ class RunLog:
     def _write(self, step: int, **figures: Any) -> None:
         """Add a line to metrics.jsonl."""
         if self.tells:
+            figures = {name: _finite(value) for name, value in figures.items()}
             with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
 
@@ -169,7 +169,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     width = max(map(len, rows))
     print(f"{'held out':{width}}", *(f"{title:>13}" for title in columns.values()))
     for name, row in rows.items():
-        cells = (f"{row[key]:13.4f}" if key in row else f"{'-':>13}" for key in columns)
+        cells = (f"{'-':>13}" if row.get(key) is None else f"{row[key]:13.4f}" for key in columns)
         print(f"{name:{width}}", *cells)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = tuple(  # Ctrl-C, a queue's or a system's request, a closed terminal
@@ -40,7 +41,8 @@ class StopRequest:
         self.signal = number
         name = signal.Signals(number).name
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        os.write(2, f"\n{name}: after this update the run is saved and ends{again}\n".encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{name}: after this update the run is saved and ends{again}\n".encode())
 
     def is_made(self) -> bool:
         """Whether it is time to save and end."""
