@@ -27,7 +27,7 @@ from minibert.demonstration import demonstration
 from minibert.errors import ArgumentParser, InputError, Stopped, run_command
 from minibert.evaluate import check_fit, evaluate, load_for_corpus
 from minibert.files import sha256_of_files
-from minibert.folder import WEIGHTS, save_model
+from minibert.folder import CONFIG, WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
@@ -74,9 +74,9 @@ def train(run: RunConfig) -> None:
         log = RunLog(run.out, first_step, run.steps)
         watch = NonfiniteWatch(run, batches, skipped)
         learner, guide = forward_passes(student, teacher, run)
-        compare = partial(evaluate, without_projection(student), held_out, teacher)
+        pupil = without_projection(student)
+        compare = partial(evaluate, pupil, held_out, teacher, summed, rank() > 0)
         saved_at = time.monotonic()
-
         steps = range(first_step, run.steps)
         with batches.ahead(steps, device.type == "cuda") as ahead:
             for step, batch in zip(steps, ahead, strict=True):
@@ -89,7 +89,7 @@ def train(run: RunConfig) -> None:
                 watch.add(done, figures)
                 log.tokens += batch.num_tokens
                 save_due = time.monotonic() - saved_at >= 60 * run.save_minutes
-                end, keep = agreed(stop.is_made(), save_due)
+                status, end, keep = agreed(stop.status(), stop.is_made(), save_due)
                 keep = keep or end or done % run.save_every == 0 or done == run.steps
                 tell = done % run.log_every == 0 or done == run.steps
                 if tell or keep:  # until then nothing waits for the device
@@ -103,13 +103,13 @@ def train(run: RunConfig) -> None:
                     saved_at = time.monotonic()
                 if end and done < run.steps:
                     log.stopped(done)
-                    raise Stopped(stop.status())
+                    raise Stopped(status)
 
         log.evaluation(run.steps, compare)
         result = run.out / ("model" if teacher is None else "student")
         with together():
             if rank() == 0:
-                save_model(result, without_projection(student), tokenizer_from=run.data)
+                save_model(result, pupil, tokenizer_from=run.data)
         log.summary(result)
 
 
@@ -269,7 +269,8 @@ def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
     hashes = {"corpus": corpus.corpus_sha256, "vocabulary": corpus.tokenizer.vocabulary_sha256}
     for name, source in (("teacher", run.teacher), ("model", run.model)):
         if source is not None:
-            hashes[name] = sha256_of_files(source / WEIGHTS if source.is_dir() else source)
+            files = [source / CONFIG, source / WEIGHTS] if source.is_dir() else [source]
+            hashes[name] = sha256_of_files(*files)
     return hashes
 
 
@@ -291,12 +292,12 @@ def main() -> None:
             return
         (restarted,) = agreed(is_restart())
         run = from_rank_0(lambda: RunConfig.from_flags(given, restarted))
-        advice = f"less than --micro-batch-tokens {run.micro_batch_tokens} needs less"
+        advice = f"try --micro-batch-tokens below {run.micro_batch_tokens}"
         try:
             with out_of_memory_is_told(advice):
                 train(run)
         except KeyboardInterrupt:
-            print(f"\nwhat is saved is not lost: {how_to_go_on(run.out)}")
+            print(f"\nwhat was saved stays: {how_to_go_on(run.out)}")
             raise
 
 

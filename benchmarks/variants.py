@@ -1,5 +1,6 @@
 """The ways to do an update: ours, and the authors', with several settings of each."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,9 +117,11 @@ def our_side(work: Work, variant: Variant) -> Side:
     optimizer = build_optimizer(student, run.weight_decay)
     learner, guide = train.forward_passes(student, teacher, run)
 
+    steps = itertools.count(1)
+
     def update(batch: GlobalBatch) -> Tensor:
         assert not teacher.training  # it stays in memory, as in a run, for evaluations
-        return train.update(learner, guide, optimizer, batch, 0, run)[0]  # the loss
+        return train.update(learner, guide, optimizer, batch, next(steps), run)[0]  # the loss
 
     return work.batches(run.micro_batch_tokens), update
 

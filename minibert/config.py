@@ -196,7 +196,7 @@ class RunConfig:
         15.0, "minutes after which a checkpoint is due", type=number(float, 0, exclusive=True)
     )
     max_hours: float | None = setting(
-        None, "save and end after so long, for queues", type=number(float, 0, exclusive=True)
+        None, "save and end so long after this start, for queues", type=number(float, 0, exclusive=True)
     )
     skip_nonfinite: int = setting(
         0, "updates to pass over whose loss or gradient is not finite", type=number(int, 0)
@@ -262,7 +262,7 @@ class RunConfig:
 
         restarted: by torchrun, after a rank had ended; a run that these flags began is resumed.
         """
-        if restarted and cls._began_with(given):
+        if restarted and not given.get("resume") and cls._began_with(given):
             given = given | {"resume": True}
         if not given.get("resume"):
             return cls(**given).resolved()

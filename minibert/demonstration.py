@@ -41,10 +41,10 @@ def demonstration(train: Callable[[RunConfig], None]) -> None:
         begin = folder / "teacher.json"
         write_json(begin, DEMO_TEACHER.to_dict())
         run = {"recipe": "mlm", "model": begin, "out": teacher, **common, **DEMO_TEACHING}
-        begun = (teacher / "config.json").exists()  # and interrupted
-        train(RunConfig.from_flags({"out": teacher, "resume": True} if begun else run))
+        train(RunConfig.from_flags(run | {"resume": True}))  # it may have been interrupted
     print("3. A student of 6 layers, every second of the teacher's, learns to follow it")
-    shutil.rmtree(compact, ignore_errors=True)
+    if (compact / "student").exists():
+        shutil.rmtree(compact)
     run = {"recipe": "compactbiobert", "teacher": teacher / "model", "out": compact, **common}
-    train(RunConfig.from_flags(run | {"steps": 300}))
+    train(RunConfig.from_flags(run | {"steps": 300, "resume": True}))
     print("Next: BioBERT on PubMed, in README.md")

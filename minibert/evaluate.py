@@ -7,7 +7,7 @@ alone, so that figures of different models and runs can be compared.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.folder import load_model
 from minibert.model import BertForMaskedLM
 from minibert.progress import counted
-from minibert.training.distributed import rank, summed
 
 MLM_FIGURES = ("mlm_loss", "mlm_accuracy")
 TEACHER_FIGURES = (
@@ -34,8 +33,10 @@ def evaluate(
     model: BertForMaskedLM,
     micro_batches: Sequence[MicroBatch],
     teacher: BertForMaskedLM | None = None,
+    combine: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    quiet: bool = False,
 ) -> dict[str, float]:
-    """Means over the masked positions of all micro-batches (of all ranks); {} where there are none.
+    """Means over the masked positions of all micro-batches; {} where there are none.
 
     `mlm_loss` (nats) and `mlm_accuracy`; with a teacher also `teacher_kl`, KL(teacher || model) in
     nats, and `teacher_agreement`, the share of positions where both prefer the same word; and the
@@ -46,7 +47,7 @@ def evaluate(
     device = model.decoder.device
     names = MLM_FIGURES if teacher is None else MLM_FIGURES + TEACHER_FIGURES
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # last: the masked positions
-    for micro_batch in counted(micro_batches, "evaluating", quiet=rank() > 0):
+    for micro_batch in counted(micro_batches, "evaluating", quiet):
         batch = micro_batch.to(device)
         log_probs = _log_probs(model, batch)  # (M, V)
         figures = _mlm_figures(log_probs, batch)
@@ -56,7 +57,7 @@ def evaluate(
             kl = F.kl_div(log_probs, teacher_log_probs, log_target=True, reduction="sum")
             figures += [kl, agreement.sum(), *_mlm_figures(teacher_log_probs, batch)]
         sums += torch.tensor([figure.item() for figure in figures] + [len(batch.labels)])
-    *sums, num_masked = summed(sums).tolist()
+    *sums, num_masked = combine(sums).tolist()
     model.train(was_training)
     if num_masked == 0:
         return {}

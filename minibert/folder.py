@@ -71,7 +71,11 @@ def write_tensors(
 
 
 def save_model(folder: Path, model: BertModel, tokenizer_from: Path) -> None:
-    """Write `model` as a model folder, whole or not at all."""
+    """Write `model` as a model folder, whole or not at all, with another folder's tokenizer."""
+    if not any((tokenizer_from / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"{tokenizer_from}: no {' or '.join(TOKENIZER_FILES)} to go with the model"
+        )
     with atomic_folder(folder) as partial:
         fill_folder(partial, model.state_dict(), model.config, type(model), tokenizer_from)
 
@@ -88,11 +92,9 @@ def fill_folder(
     write_tensors(folder / WEIGHTS, tensors, metadata)
     settings = {"architectures": [model_class.__name__]} | config.to_dict()
     write_json(folder / CONFIG, settings)
-    there = [name for name in TOKENIZER_FILES if (tokenizer_from / name).is_file()]
-    if not there:
-        raise InputError(f"{tokenizer_from}: {' and '.join(TOKENIZER_FILES)} are gone")
-    for name in there:  # copyfile would name what it reads where it cannot write
-        (folder / name).write_bytes((tokenizer_from / name).read_bytes())
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():  # copyfile would name it where it cannot write
+            (folder / name).write_bytes((tokenizer_from / name).read_bytes())
 
 
 class ModelFolder(NamedTuple):

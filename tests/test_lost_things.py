@@ -361,15 +361,16 @@ def test_memory_of_a_gpu_is_told_alike(toy_run, monkeypatch, capsys, where, erro
 
 
 def test_other_faults_are_no_lack_of_memory(toy_run, monkeypatch):
-    train(dataclasses.replace(toy_run, steps=2))
+    run = dataclasses.replace(toy_run, steps=4, save_every=2)
+    train(run)
+    shutil.rmtree(run.out / "step_000004")
 
     def wrong(*arguments):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(train_script, "update", wrong)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        main_of(dataclasses.replace(toy_run, steps=3), monkeypatch)
-        train(dataclasses.replace(toy_run, steps=3, resume=True))
+        main_of(run, monkeypatch)
 
 
 @pytest.mark.parametrize(

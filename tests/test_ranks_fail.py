@@ -70,7 +70,7 @@ def wait_for_updates(ranks: Ranks, folders: dict[int, Path]) -> None:
         (("--mlm-weight", "nan"), "argument --mlm-weight: 'nan' is not a number"),
         (("--steps", 3, "--warmup-steps", 4), "--warmup-steps 4 of --steps 3"),
         (("--resume", "--seed", 1, "--out", "nowhere", "--teacher", "none"), "none: no such"),
-        (("--batch-size", 1), "a batch of 1 sequences for 2 processes"),
+        (("--batch-size", 1), "--batch-size 1 for 2 processes"),
         (("--teacher-layers", "3,1"), "teacher layers 3,1"),
     ],
 )

@@ -113,10 +113,8 @@ def refused(tmp_path, monkeypatch, capsys):
         path.write_text(text)
         flags = ["--recipe", str(path), "--teacher", "t", "--data", "d", "--out", "o"]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        with pytest.raises(SystemExit) as ended:
-            run_command(train.main)
+        assert run_command(train.main) == 2
         told = capsys.readouterr().err
-        assert ended.value.code == 2
         start = f"error: argument --recipe: {path}: "
         assert told.startswith(start) and told.count("\n") == 1
         return told.removeprefix(start)

@@ -109,7 +109,7 @@ raise SystemExit(run_command(train.main))
     assert time.monotonic() - ended < 10
     assert run.returncode == 130, complaint
     assert complaint.endswith("interrupted\n")
-    assert told == f"\nwhat is saved is not lost: --out {out} --resume goes on\n"
+    assert told == f"\nwhat was saved stays: --out {out} --resume goes on\n"
     assert step_of(checkpoints(out)[-1]) == 9
     assert nobody_is_left(run)
 

@@ -85,7 +85,7 @@ class Batches:
         world_size: int = 1,
     ):
         if batch_size < world_size:
-            raise InputError(f"a batch of {batch_size} sequences for {world_size} processes")
+            raise InputError(f"--batch-size {batch_size} for {world_size} processes")
         self.rank, self.world_size = rank, world_size
         self.corpus = corpus
         self.batch_size = batch_size

@@ -57,6 +57,8 @@ def run_folder(run: RunConfig, identity: dict[str, str]) -> Iterator[None]:
                     raise InputError(f"{run.out} is not empty and no run; choose another --out")
                 run.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(run.out / LOCK))
+                if begun != (run.out / CONFIG).exists():
+                    raise InputError(f"{run.out}: another run was here in this very moment")
                 if begun:
                     _refuse_another(run, identity)
                 for leftover in run.out.glob("step_*.partial"):  # a kill while saving or removing
@@ -195,7 +197,7 @@ def _read_state(folder: Path) -> State:
     try:
         content = read_json(path)
         hashes = _hashes(folder)
-    except (InputError, OSError) as error:
+    except (InputError, FileNotFoundError) as error:  # a disk that fails may be well again
         raise Damaged(in_one_line(error)) from None
     expected_keys = {*State._fields, "sha256"}
     if content.keys() != expected_keys or not isinstance(content["sha256"], dict):
@@ -216,7 +218,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of one of a checkpoint's files."""
     try:
         return read_tensors(path)[0]
-    except (InputError, OSError) as error:
+    except (InputError, FileNotFoundError) as error:
         raise Damaged(in_one_line(error)) from None
 
 

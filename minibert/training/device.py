@@ -40,8 +40,8 @@ def out_of_memory_is_told(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own for GPUs is a RuntimeError
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not memory and "can't allocate memory" not in str(error):  # what torch says on a CPU
+        told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # CPU, CUDA, cuBLAS
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in told):
             raise
         raise InputError(f"out of memory; {advice}") from None
 

@@ -76,7 +76,8 @@ def ranks_joined() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
-        print(f"rank {number} ends, for it lost touch with another", file=sys.stderr)
+        reason = in_one_line(error)[:200]
+        print(f"rank {number} ends, for it lost touch with another ({reason})", file=sys.stderr)
         raise Stopped(1) from None
     dist.destroy_process_group()
 
@@ -112,10 +113,10 @@ def together() -> Iterator[None]:
         yield
     except (InputError, OSError) as error:
         problem = error
-    problems = [found is not None for found in _from_all(problem and str(problem))]
-    if problem is not None and rank() == problems.index(True):
+    failed = _from_all(problem is not None)
+    if problem is not None and rank() == failed.index(True):
         raise problem
-    if any(problems):
+    if any(failed):
         raise Stopped(BAD_INPUT_STATUS)
 
 
@@ -136,13 +137,12 @@ def same_everywhere(what: dict[str, str]) -> None:
                 raise InputError(f"rank {number} has another {' and '.join(changed)}")
 
 
-def agreed(*wishes: bool) -> list[bool]:
-    """Each wish that any rank has, at the same update on every rank."""
-    if not dist.is_initialized():
-        return list(wishes)
-    votes = torch.tensor(wishes, dtype=torch.int32)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return [vote > 0 for vote in votes.tolist()]
+def agreed(*wishes: int) -> list[int]:
+    """Of each wish (0: none) the largest that any rank has, at the same update on every rank."""
+    votes = torch.tensor(wishes, dtype=torch.int64)
+    if dist.is_initialized():
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return votes.tolist()
 
 
 def summed(figures: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ and nobody waits for it. That it happened is seen at the next look, a log step a
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minibert.config import RunConfig
 from minibert.data.batches import Batches
-from minibert.errors import BAD_INPUT_STATUS, InputError, Stopped
+from minibert.errors import BAD_INPUT_STATUS, InputError, Stopped, in_one_line
 from minibert.files import write_json
 from minibert.training.distributed import rank
 from minibert.training.runlog import named_figures
@@ -64,26 +65,34 @@ class NonfiniteWatch:
 
     def _report(self, done: int, row: list[float]) -> None:
         """Write down what was in the batch, and end the run where it may not be passed over."""
-        run = self.run
-        path = run.out / f"nonfinite_step_{done:06d}.json"
-        figures = named_figures(row, run)
+        path = self.run.out / f"nonfinite_step_{done:06d}.json"
+        figures = named_figures(row, self.run)
+        where = f"its documents are named in {path}"
         if rank() == 0:
-            settings = {"data": str(run.data), "max_length": run.max_length, "step": done - 1}
-            settings |= {"batch_size": run.batch_size, "seed": run.seed}
-            content = {
-                "step": done,
-                "figures": {name: str(value) for name, value in figures.items()},
-                "documents": self.batches.corpus.document_ids(self.batches.documents(done - 1)),
-                "rebuild": REBUILD.format(**settings),
-            }
-            write_json(path, content)
-        if self.skipped > run.skip_nonfinite:
+            try:
+                self._write(path, done, figures)
+            except (InputError, OSError) as error:
+                where = f"what was in it could not be written ({in_one_line(error)})"
+        if self.skipped > self.run.skip_nonfinite:
             if rank() != 0:
                 raise Stopped(BAD_INPUT_STATUS)
             terms = ", ".join(
                 f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)
             )
             raise InputError(
-                f"step {done} is not finite: {terms}; the newest checkpoint stays; its documents "
-                f"are named in {path} (--skip-nonfinite N passes over such steps)"
+                f"step {done} is not finite: {terms}; the newest checkpoint stays; {where} "
+                f"(--skip-nonfinite N passes over such steps)"
             )
+
+    def _write(self, path: Path, done: int, figures: dict[str, float | list[float]]) -> None:
+        """The figures, the batch's documents, and the line of Python that builds it again."""
+        run = self.run
+        settings = {"data": str(run.data.resolve()), "max_length": run.max_length}
+        settings |= {"batch_size": run.batch_size, "seed": run.seed, "step": done - 1}
+        content = {
+            "step": done,
+            "figures": {name: str(value) for name, value in figures.items()},
+            "documents": self.batches.corpus.document_ids(self.batches.documents(done - 1)),
+            "rebuild": REBUILD.format(**settings),
+        }
+        write_json(path, content)

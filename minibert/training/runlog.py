@@ -10,7 +10,7 @@ from typing import Any
 
 from minibert.config import RunConfig
 from minibert.errors import InputError
-from minibert.files import atomic_file, naming
+from minibert.files import atomic_file, naming, parse_json
 from minibert.progress import ProgressLine, duration
 from minibert.training.distributed import from_rank_0, rank
 
@@ -178,10 +178,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1
+    ):
         try:
-            lines.append(json.loads(line))
+            lines.append(parse_json(line))
             lines[-1]["step"] += 0
         except (ValueError, TypeError, LookupError):
-            raise InputError(f"{path}: line {number} is not of a run's log") from None
+            raise InputError(
+                f"{path}: line {number} is not of a run's log (the file may be moved away)"
+            ) from None
     return lines

@@ -199,7 +199,14 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _is_shortage(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Whether memory that might have been filled was not there.
+
+    What torch's unpickler asks for, as long as the file claims, comes in one piece and untouched.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    by_torch = any(frame.filename.endswith("_weights_only_unpickler.py") for frame in frames)
+    short = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return short and not by_torch
 
 
 def _peak() -> int:
