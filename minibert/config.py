@@ -196,7 +196,9 @@ class RunConfig:
         15.0, "minutes after which a checkpoint is due", type=number(float, 0, exclusive=True)
     )
     max_hours: float | None = setting(
-        None, "save and end so long after this start, for queues", type=number(float, 0, exclusive=True)
+        None,
+        "save and end so long after this start, for queues",
+        type=number(float, 0, exclusive=True),
     )
     skip_nonfinite: int = setting(
         0, "updates to pass over whose loss or gradient is not finite", type=number(int, 0)

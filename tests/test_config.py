@@ -8,6 +8,7 @@ from conftest import TOY_CONFIG
 
 from minibert.config import BertConfig, RunConfig
 from minibert.errors import ArgumentParser, InputError
+from minibert.files import write_json
 from minibert.recipes import Recipe
 
 
@@ -126,3 +127,13 @@ def test_every_number_of_a_recipe_is_a_setting_of_a_run():
     run = {entry.name for entry in dataclasses.fields(RunConfig)}
     recipe = {entry.name for entry in dataclasses.fields(Recipe) if entry.type in (int, float)}
     assert recipe and recipe <= run
+
+
+def test_a_restart_of_a_resumed_run_needs_no_more_than_its_folder(toy_run):
+    """torchrun starts the same command again: `--out RUN --resume`, without a corpus or a teacher."""
+    toy_run.out.mkdir()
+    write_json(toy_run.out / "config.json", {"run": toy_run.to_dict()})
+    given = {"out": toy_run.out, "resume": True}
+    run = RunConfig.from_flags(given, restarted=True)
+    assert run == RunConfig.from_flags(given)
+    assert (run.data, run.resume) == (toy_run.data, True)

@@ -22,7 +22,7 @@ from minibert.data.corpus import Corpus, CorpusWriter
 from minibert.data.tokenizer import load_tokenizer
 from minibert.evaluate import evaluate
 from minibert.training.checkpoint import checkpoints
-from minibert.training.distributed import rank, world_size
+from minibert.training.distributed import rank, summed, world_size
 from minibert.training.optimizer import build_optimizer
 from minibert.training.runlog import read_metrics
 
@@ -331,7 +331,7 @@ def shared_evaluation(run: RunConfig, data: Path, documents: int) -> dict[str, f
     corpus = Corpus.open(data)
     student, teacher, run = train_script.build_models(run, corpus, torch.device("cpu"))
     held_out = Batches(corpus, run.max_length, CUT).held_out(documents)
-    return evaluate(student, held_out[rank() :: world_size()], teacher)
+    return evaluate(student, held_out[rank() :: world_size()], teacher, summed)
 
 
 def test_an_evaluation_is_shared(toy_world, still_run, tmp_path):

@@ -60,7 +60,9 @@ class FullDisk:
         return call
 
     def fits(self, arguments: tuple) -> bool:
-        self.begun = self.begun or any(self.name in str(a) for a in arguments[:2])
+        self.begun = self.begun or any(
+            self.name in str(a) for a in arguments[:2] if isinstance(a, Path)
+        )
         self.done += self.begun
         return self.done <= self.room
 

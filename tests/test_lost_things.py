@@ -296,7 +296,7 @@ train.StopRequest.__enter__ = limited
 more = sys.argv.pop(1)
 raise SystemExit(run_command(train.main))
 """
-ADVICE = "out of memory; less than --micro-batch-tokens {} needs less"
+ADVICE = "out of memory; try --micro-batch-tokens below {}"
 
 
 def with_memory(more: int, run: RunConfig) -> subprocess.CompletedProcess:

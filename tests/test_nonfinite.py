@@ -256,5 +256,7 @@ def test_a_report_that_cannot_be_written_is_one_line(toy_run, world, monkeypatch
     monkeypatch.setattr(Path, "write_text", full)
     assert run_command(lambda: train(toy_run)) == 2
     report = toy_run.out / "nonfinite_step_000003.json"
-    assert capsys.readouterr().err == f"error: {report}: No space left on device\n"
+    told = capsys.readouterr().err
+    assert told.startswith("error: step 3 is not finite: loss nan, ") and told.count("\n") == 1
+    assert f"could not be written ({report}: No space left on device)" in told
     assert checkpoints(toy_run.out) == []

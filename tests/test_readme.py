@@ -50,7 +50,13 @@ def test_every_flag_exists():
     known |= {"--seeds"}  # of minibert.finetune
     known |= {"--nnodes", "--nproc-per-node", "--max-restarts"}  # of torchrun
     known |= {"--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
-    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"}  # of sbatch
+    known |= {
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--time",
+    }  # of sbatch
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 

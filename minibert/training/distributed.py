@@ -76,8 +76,9 @@ def ranks_joined() -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
-        reason = in_one_line(error)[:200]
-        print(f"rank {number} ends, for it lost touch with another ({reason})", file=sys.stderr)
+        told = in_one_line(error)
+        reason = "" if "peer" in told else f" ({told[:300]})"  # the peer says why it ended
+        print(f"rank {number} ends, for it lost touch with another{reason}", file=sys.stderr)
         raise Stopped(1) from None
     dist.destroy_process_group()
 
