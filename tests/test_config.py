@@ -130,7 +130,7 @@ def test_every_number_of_a_recipe_is_a_setting_of_a_run():
 
 
 def test_a_restart_of_a_resumed_run_needs_no_more_than_its_folder(toy_run):
-    """torchrun starts the same command again: `--out RUN --resume`, without a corpus or a teacher."""
+    """torchrun starts the same command again: `--out RUN --resume`, no corpus and no teacher."""
     toy_run.out.mkdir()
     write_json(toy_run.out / "config.json", {"run": toy_run.to_dict()})
     given = {"out": toy_run.out, "resume": True}
