@@ -75,7 +75,7 @@ def to_hugging_face(model: Path, out: Path) -> str:
     is_fine_tuned = head_of(model) is not None
     stored = read_fine_tuned(model) if is_fine_tuned else read_folder(model)
     model_class, config, tensors, metadata = stored[:4]
-    tokenizer = check_tokenizer(model, config)
+    tokenizer = check_tokenizer(model, config, ours=True)
     L = config.num_hidden_layers
     names = hugging_face_names_of(L) | hugging_face_names_of(L, HEAD_NAMES)
     prefix = "bert." if model_class is BertModel else ""  # which a bare encoder does not have

@@ -352,6 +352,9 @@ class RunConfig:
         if not recipe.needs_teacher and (self.model is None or self.teacher is not None):
             raise InputError(f"recipe {recipe} needs --model and has no --teacher")
         run = dataclasses.replace(self, **open_fields)
+        signals = (run.hidden_weight, run.attention_weight, run.output_weight, run.teacher_layers)
+        if not run.recipe.needs_teacher and any(signals):
+            raise InputError(f"recipe {run.recipe} has no teacher to follow: --mlm-weight alone")
         if not (run.mlm_weight or run.hidden_weight or run.attention_weight or run.output_weight):
             raise InputError("every loss weight is 0: there is nothing to learn")
         if run.warmup_steps > run.steps:

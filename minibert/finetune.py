@@ -129,7 +129,7 @@ def load_task_and_model(run: FineTuning) -> tuple[Task, FineTunedModel, Tokenize
     task = TASKS[run.task](run.data, tokenizer, run.max_length)
     torch.manual_seed(run.seed)
     model = with_new_head(task.head, len(task.labels), run.model)
-    check_tokenizer(run.model, model.config)
+    check_tokenizer(run.model, model.config, ours=True)
     if run.max_length > model.config.max_position_embeddings:
         raise InputError(
             f"--max-length {run.max_length}: {run.model} has "

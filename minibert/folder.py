@@ -122,14 +122,16 @@ def read_folder(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     config = BertConfig.read(folder / CONFIG)
-    headless = read_json(folder / CONFIG).get("architectures") == [BertModel.__name__]
-    model_class = BertModel if headless else BertForMaskedLM
+    named = read_json(folder / CONFIG).get("architectures")
+    model_class = BertModel if named == [BertModel.__name__] else BertForMaskedLM
     tensors, metadata = read_tensors(folder / WEIGHTS)
     if any(name.startswith(("bert.", "cls.", "encoder.")) for name in tensors):
         raise InputError(
             f"{folder}: a Hugging Face folder; convert it first: "
             f"python convert_weights.py {folder} OUT"
         )
+    if any(name.startswith(("classifier.", "qa_outputs.")) for name in tensors):
+        raise InputError(f"{folder}: fine-tuned; expected an encoder or a masked-language model")
     expected = tensor_shapes(model_class, config)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):

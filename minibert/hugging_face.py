@@ -122,12 +122,16 @@ def _is_plain(tensor: object) -> bool:
     return dense and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
-def check_tokenizer(folder: Path, config: BertConfig) -> list[str]:
-    """The tokenizer files of a folder, after making sure that they fit the embeddings."""
+def check_tokenizer(folder: Path, config: BertConfig, ours: bool = False) -> list[str]:
+    """The tokenizer files of a folder, after making sure that they fit the embeddings.
+
+    A model of ours may have rows to spare; elsewhere that is a sign of the wrong vocab.txt.
+    """
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     for name in found:
         tokens = load_tokenizer(folder / name).vocab_size
-        if tokens > config.vocab_size or (name == "vocab.txt" and tokens != config.vocab_size):
+        spare = config.vocab_size - tokens
+        if spare < 0 or (spare > 0 and name == "vocab.txt" and not ours):
             raise InputError(
                 f"{folder / name}: {tokens} tokens; vocab_size in {CONFIG} is {config.vocab_size}"
             )

@@ -35,8 +35,8 @@ Pairs = tuple[tuple[int, int], ...]  # student's, teacher's
 class Recipe:
     """How a student begins, what it is compared in, and the default settings of a run.
 
-    A run may override any setting of the same name on its command line (`RunConfig`). A loss of
-    weight 0 is not computed, and then its words say nothing. Raises InputError for what cannot be.
+    A run may override any setting of the same name on its command line (`RunConfig`). The words
+    of a loss of weight 0 say nothing. Raises InputError for what cannot be.
     """
 
     name: str = field(compare=False)  # in RECIPES, or that of the file

@@ -137,3 +137,11 @@ def test_a_restart_of_a_resumed_run_needs_no_more_than_its_folder(toy_run):
     run = RunConfig.from_flags(given, restarted=True)
     assert run == RunConfig.from_flags(given)
     assert (run.data, run.resume) == (toy_run.data, True)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_weight": 3.0}, {"output_weight": 1.0}, {"teacher_layers": (1, 3)}], ids=str
+)
+def test_without_a_teacher_there_is_nothing_to_follow(tmp_path, changes):
+    with pytest.raises(InputError, match="has no teacher to follow"):
+        RunConfig(recipe="mlm", model=tmp_path, data=tmp_path, out=tmp_path, **changes).resolved()

@@ -309,9 +309,9 @@ def test_wrong_models(refused, toy_world, tmp_path):
     shutil.copytree(toy_world / "teacher", model)
     (model / "vocab.txt").unlink()
     assert "neither tokenizer.json nor vocab.txt in this folder" in refused(model=model)
-    tokens = [*SPECIAL_TOKENS, *(f"w{n:02}" for n in range(TOY_CONFIG.vocab_size - 6))]
+    tokens = [*SPECIAL_TOKENS, *(f"w{n:02}" for n in range(TOY_CONFIG.vocab_size - 4))]
     (model / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    assert "98 tokens; vocab_size in config.json is 99" in refused(model=model)
+    assert "100 tokens; vocab_size in config.json is 99" in refused(model=model)
     assert "nowhere: no such" in refused(model=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
 

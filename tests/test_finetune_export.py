@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import convert_weights
 from minibert.errors import InputError, run_command
 from minibert.finetune import fine_tune, load_task_and_model
+from minibert.folder import read_folder
 from minibert.heads import load_fine_tuned, read_fine_tuned
 from minibert.ops import fused
 from minibert.tasks.task import collate
@@ -150,3 +151,10 @@ def test_a_damaged_folder_is_refused(exported, tmp_path):
     (damaged / "config.json").write_text(json.dumps(config | {"id2label": []}))
     with pytest.raises(InputError, match="id2label names no labels"):
         read_fine_tuned(damaged)
+
+
+def test_a_fine_tuned_model_is_no_teacher(exported):
+    """Nor can masks be filled with it: said in one line, not by the names of its tensors."""
+    run, _ = exported
+    with pytest.raises(InputError, match="fine-tuned; expected an encoder or a masked-language"):
+        read_folder(run.out / "model")

@@ -143,3 +143,11 @@ def test_the_real_corpora_are_read(shared_data, corpus, sentences, mentions):
     train = read_sentences(shared_data / "ner" / f"{corpus}-IOB" / "train.tsv")
     assert len(train) == sentences
     assert sum(tag[0] == "B" for sentence in train for tag in sentence.tags) == mentions
+
+
+def test_marks_of_editors_and_of_conll_are_no_words(data):
+    (data / "test.tsv").write_bytes(
+        b"\xef\xbb\xbf-DOCSTART- -X- -X- O\n\np53\tB-Gene\n\n-DOCSTART-\tO\nbinds\tO\n"
+    )
+    words = [sentence.words for sentence in read_sentences(data / "test.tsv")]
+    assert words == [["p53"], ["binds"]]

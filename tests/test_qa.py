@@ -191,3 +191,19 @@ def test_where_the_answer_stands_is_asked_of_train_alone(tmp_path):
     data = write(tmp_path / "data", ("the gene.", [entry() | {"answers": [{"text": "p53"}]}]))
     (question,) = read_questions(data / "test.json", with_starts=False)
     assert question.answers == ["p53"] and question.start is None
+
+
+def test_only_contexts_of_the_same_question_are_pooled(tmp_path):
+    questions = [entry(f"q_{n:03}", text) for n, text in enumerate(("which?", "which?", "is it?"))]
+    data = write(tmp_path, ("the p53 gene", [*questions[:2], entry("r_1"), entry("r_2")]))
+    names = [question.name for question in read_questions(data / "test.json", False)]
+    assert names == ["q", "q", "r_1", "r_2"]
+    write(tmp_path, ("the p53 gene", questions))
+    names = [question.name for question in read_questions(data / "test.json", False)]
+    assert names == ["q_000", "q_001", "q_002"]
+
+
+def test_a_question_that_stands_there_twice_is_refused(tmp_path):
+    write(tmp_path, ("the p53 gene", [entry(), entry()]))
+    with pytest.raises(InputError, match="'q1' stands there twice"):
+        read_questions(tmp_path / "test.json", False)

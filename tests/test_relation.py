@@ -159,3 +159,18 @@ def test_groups_count_where_the_classes_are_chemprots(tmp_path, tokenizer):
     scores = task.scores("test", [("AGONIST", 1.0), ("AGONIST", 1.0), ("AGONIST", 1.0)])
     assert scores["f1"] == pytest.approx(1 / 3)
     assert scores["group_f1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("negative", ["CPR:10", "cpr:0", "CPR:8", "FALSE", "No", "None"])
+def test_what_corpora_call_no_relation(tmp_path, tokenizer, negative):
+    """Told for everything, it is no hit; whatever the case of its letters."""
+    write(tmp_path / "data", "jsonl", ("a", "CPR:3"), ("b", negative))
+    task = Relation(tmp_path / "data", tokenizer, max_length=9)
+    assert task.scores("test", [(negative, 1.0)] * 2)["f1"] == 0
+    assert task.scores("test", [("CPR:3", 1.0), (negative, 1.0)])["f1"] == 1
+
+
+def test_empty_lines_are_no_examples(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text('\ufeff{"text": "a", "label": "x"}\n\n{"text": "b", "label": "y"}\n\n')
+    assert list(read_objects(path)) == [1, 3]

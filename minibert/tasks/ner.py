@@ -143,7 +143,9 @@ def read_sentences(path: Path) -> list[Sentence]:
     sentences: list[Sentence] = []
     before = ""  # the line before; empty at the beginning of a sentence
     for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
+        if line.startswith("-DOCSTART-"):  # CoNLL's line between two documents
+            line = ""
+        if line.strip(" "):
             if not before:
                 sentences.append(Sentence([], [], number))
             word, tag = _word_and_tag(line, f"{path}: line {number}")
@@ -155,7 +157,7 @@ def read_sentences(path: Path) -> list[Sentence]:
                 )
             sentences[-1].words.append(word)
             tags.append(tag)
-        before = line.strip()
+        before = line.strip(" ")
     if not sentences:
         raise InputError(f"{path}: no words in it")
     return sentences

@@ -13,6 +13,7 @@ and so do those of all its contexts: BioASQ asks one question of several texts, 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from minibert.tasks.task import SPLITS, Feature, encode, find_files
 LONGEST_QUESTION, LONGEST_ANSWER = 64, 30  # tokens
 OVERLAP = 128  # tokens that a window shares with the one before, or half a window if less
 SPANS_OF_A_WINDOW, ANSWERS_OF_A_QUESTION = 20, 5
+NUMBERED = re.compile(r"_\d{3}$")
 
 
 class Question(NamedTuple):
@@ -191,13 +193,28 @@ def read_questions(path: Path, with_starts: bool) -> list[Question]:
         raise InputError(f"{path}: not in the form of SQuAD ({error})") from None
     if not questions:
         raise InputError(f"{path}: no question in it")
-    return questions
+    return pooled(questions, path)
+
+
+def pooled(questions: list[Question], path: Path) -> list[Question]:
+    """BioASQ asks a question of several contexts, as ID_001, ID_002, ...: all get the name ID."""
+    ids = Counter(question.name for question in questions)
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        raise InputError(f"{path}: question {repeated[0][:50]!r} stands there twice")
+    asked: dict[str, set[str]] = {}
+    for question in questions:
+        asked.setdefault(NUMBERED.sub("", question.name), set()).add(question.question)
+    return [
+        question._replace(name=name) if len(asked[name]) == 1 else question
+        for question in questions
+        for name in [NUMBERED.sub("", question.name)]
+    ]
 
 
 def _question(entry: dict[str, Any], context: str, path: Path, with_starts: bool) -> Question:
     """One entry of `qas`, checked."""
     place = f"{path}: question {str(entry['id'])[:50]!r}"
-    texts = [answer["text"] for answer in entry["answers"]]
+    texts = [answer["text"] for answer in entry.get("answers", ())]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError(f"{place}: expected at least one answer, and no empty one")
     if not isinstance(context, str) or not isinstance(entry["question"], str):
@@ -207,5 +224,4 @@ def _question(entry: dict[str, Any], context: str, path: Path, with_starts: bool
         type(start) is not int or start < 0 or not context.startswith(texts[0], start)
     ):
         raise InputError(f"{place}: {texts[0][:50]!r} does not stand at answer_start {start!r}")
-    name = re.sub(r"_\d+$", "", str(entry["id"]))
-    return Question(name, entry["question"], context, texts, start)
+    return Question(str(entry["id"]), entry["question"], context, texts, start)

@@ -27,7 +27,8 @@ from minibert.tasks.scores import class_scores
 from minibert.tasks.task import SPLITS, Feature, encode, find_files, read_lines
 
 # What corpora call the class of texts that state no relation.
-NEGATIVE = ("0", "false", "False", "NOT", "negative", "none", "CPR:10", "DDI-false")
+NEGATIVE = {"0", "false", "not", "no", "none", "negative", "ddi-false"}  # in any case of letters
+NEGATIVE |= {f"cpr:{number}" for number in (0, 1, 2, 7, 8, 10)}
 # A marked thing: << protein >> and [[ drug ]] in ChemProt, @GENE$ and @DISEASE$ in GAD.
 MARK = re.compile(r"<<.*?>>|\[\[.*?\]\]|@\w+\$")
 CHEMPROT_GROUPS = {
@@ -104,10 +105,11 @@ class Relation:
         """Micro figures over the classes that are relations; `group_f1`: over ChemProt's groups."""
         gold = [example.label for example in self.examples[split].values()]
         told = [label for label, _ in predictions]
-        figures = class_scores(gold, told, NEGATIVE)
+        negative = [label for label in self.labels if label.lower() in NEGATIVE]
+        figures = class_scores(gold, told, negative)
         if self.has_groups:
             groups = ([GROUP_OF[label] for label in labels] for labels in (gold, told))
-            figures["group_f1"] = class_scores(*groups, NEGATIVE)["f1"]
+            figures["group_f1"] = class_scores(*groups, negative)["f1"]
         return figures
 
     def written(self, split: str, predictions: list[tuple[str, float]]) -> str:
@@ -143,6 +145,8 @@ def read_objects(path: Path) -> dict[int, Example]:
     """The examples of a .jsonl file by line number."""
     examples = {}
     for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
         try:
             content = parse_json(line)
         except ValueError as error:
@@ -162,6 +166,8 @@ def read_columns(path: Path) -> dict[int, Example]:
     examples = {}
     for number, line in enumerate(read_lines(path), start=1):
         columns = line.split("\t")
+        if not line.strip():
+            continue
         if number == 1 and columns[-1].strip().lower() == "label":
             continue
         if len(columns) not in (2, 3):

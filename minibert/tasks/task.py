@@ -112,7 +112,7 @@ def read_lines(path: Path) -> list[str]:
     if file_size(path) == 0:
         raise InputError(f"{path}: empty")
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     # Not splitlines(): U+2028 and its like may stand in a text.

@@ -161,11 +161,11 @@ def _judge_all(
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, size + ADDRESSES))
     torch.set_num_threads(1)
-    before = _peak()  # of the parent, which may be a whole test suite
     for number in numbers:
         folder = scratch / "source"
         _write(input_of(name, target, seed, number), folder)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = _peak()  # of the parent, which may be a whole test suite, and of inputs before
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process, whatever it is in
         begun = time.process_time()
         what = judge(target, folder)
@@ -232,7 +232,8 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10_000, help="spoilt inputs a target")
     parser.add_argument("--seed", type=int, default=0, help="of all inputs")
     parser.add_argument("--target", help="this one alone")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="where to")
+    elsewhere = Path(tempfile.gettempdir()) / "fuzz-failures"
+    parser.add_argument("--keep", type=Path, default=elsewhere, help="where inputs that fail go")
     parser.add_argument("--replay", type=int, metavar="NUMBER", help="one input, in this process")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
