@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.data.batches import Batches, GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.demonstration import demonstration
@@ -31,6 +31,7 @@ from minibert.folder import CONFIG, WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
+from minibert.run_config import RunConfig
 from minibert.student import Student, layers_to_follow, new_student, without_projection
 from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
 from minibert.training.device import out_of_memory_is_told, release_freed_memory, set_up_device

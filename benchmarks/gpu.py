@@ -28,9 +28,9 @@ from step_correctness import check_resume, check_step
 from variants import BF16, Variant, choose, ours
 from workload import BIOBERT, Work, write_random_corpus
 
-from minibert.config import number
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import write_json
+from minibert.flags import number
 from minibert.training.device import set_up_device
 
 LOSSES_END, STEP_END, COMPILED_END = 170, 370, 460  # seconds from the beginning

@@ -51,11 +51,12 @@ from torch import Tensor
 from variants import Variant, authors_side, choose, our_side
 from workload import BIOBERT, Work, work_of, write_random_corpus
 
-from minibert.config import RunConfig, number
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.evaluate import check_fit
+from minibert.flags import number
+from minibert.run_config import RunConfig
 from minibert.training.device import set_up_device
 
 REFERENCE = "authors float32"  # the first variant where it is not among them

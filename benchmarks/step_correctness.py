@@ -20,9 +20,10 @@ from torch import Tensor
 from workload import random_models
 
 import train
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.model import BertForMaskedLM
+from minibert.run_config import RunConfig
 from minibert.training.checkpoint import State, load_newest, save_checkpoint
 from minibert.training.optimizer import build_optimizer
 

@@ -28,12 +28,13 @@ from workload import BIOBERT, random_models
 
 import minibert.files as files
 import train
-from minibert.config import RunConfig, number
 from minibert.data import demo
 from minibert.demonstration import DEMO_TEACHER, DEMO_TEACHING
 from minibert.errors import ArgumentParser, run_command
 from minibert.files import write_json
+from minibert.flags import number
 from minibert.prepare import prepare
+from minibert.run_config import RunConfig
 from minibert.training import checkpoint
 from minibert.training.checkpoint import State, save_checkpoint
 from minibert.training.nonfinite import NonfiniteWatch

@@ -13,9 +13,9 @@ from torch import Tensor
 from workload import Work, random_models
 
 import train
-from minibert.config import RunConfig
 from minibert.data.batches import Batches, GlobalBatch
 from minibert.errors import InputError
+from minibert.run_config import RunConfig
 from minibert.training.device import set_up_device
 from minibert.training.optimizer import build_optimizer
 

@@ -4,10 +4,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.data import demo
 from minibert.files import write_json
 from minibert.prepare import prepare
+from minibert.run_config import RunConfig
 
 DEMO_DOCUMENTS = 20_000
 DEMO_TEACHER = BertConfig(

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minibert.config import BertConfig, number
+from minibert.config import BertConfig
 from minibert.data.batches import Batches, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.flags import number
 from minibert.folder import load_model
 from minibert.model import BertForMaskedLM
 from minibert.progress import counted

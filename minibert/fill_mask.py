@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from minibert import Pretrained, load
-from minibert.config import number
 from minibert.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minibert.errors import ArgumentParser, InputError, Stopped, run_command
+from minibert.flags import number
 from minibert.model import BertForMaskedLM
 from minibert.progress import ProgressLine
 from minibert.training.device import set_up_device

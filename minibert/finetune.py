@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from minibert.config import number
 from minibert.data.tokenizer import Tokenizer, load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import atomic_file, read_json, sha256_of_files, write_json
+from minibert.flags import number
 from minibert.folder import CONFIG, WEIGHTS
 from minibert.heads import FineTunedModel, load_fine_tuned, save_fine_tuned, with_new_head
 from minibert.hugging_face import check_tokenizer

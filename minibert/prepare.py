@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minibert.config import number
 from minibert.data.corpus import CorpusWriter
 from minibert.data.pubmed import Reading, read_documents
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import sha256_of_files
+from minibert.flags import number
 from minibert.progress import ProgressLine, duration
 
 BATCH_CHARACTERS = 1 << 20  # tokenized at once: enough to keep every core busy

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.errors import InputError
 from minibert.model import BertForMaskedLM, Linear, MaskedLMOutput
 from minibert.recipes import Recipe
+from minibert.run_config import RunConfig
 
 
 def one_of_each_group(num_teacher_layers: int, num_groups: int, which: str) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.data.corpus import CorpusWriter
 from minibert.data.tokenizer import load_tokenizer
 from minibert.folder import save_model
 from minibert.model import BertForMaskedLM
+from minibert.run_config import RunConfig
 
 torch.set_num_threads(1)  # toy tensors: a second thread only waits
 ROOT = Path(__file__).parent.parent

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from minibert.config import RunConfig
 from minibert.recipes import RECIPES, Recipe
+from minibert.run_config import RunConfig
 
 # Groups of two of the toy teacher's four layers; its three heads.
 TOY_STUDENT = {"num_hidden_layers": 2, "hidden_size": 18, "intermediate_size": 31}

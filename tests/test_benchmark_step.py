@@ -12,7 +12,7 @@ from conftest import ROOT, TOY_CONFIG
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from minibert.config import RunConfig
+from minibert.run_config import RunConfig
 
 pytest.importorskip("transformers", reason="the authors' side is made of transformers models")
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -14,11 +14,11 @@ from conftest import BIOBERT
 
 import convert_weights
 import train
-from minibert.config import RunConfig
 from minibert.folder import load_model, read_tensors, save_model
 from minibert.model import BertForMaskedLM
 from minibert.prepare import prepare
 from minibert.recipes import RECIPES
+from minibert.run_config import RunConfig
 from minibert.training.checkpoint import checkpoints
 from minibert.training.runlog import read_metrics
 

@@ -6,10 +6,11 @@ import json
 import pytest
 from conftest import TOY_CONFIG
 
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.errors import ArgumentParser, InputError
 from minibert.files import write_json
 from minibert.recipes import Recipe
+from minibert.run_config import RunConfig
 
 
 def test_what_is_written_is_read_again(tmp_path):

@@ -16,11 +16,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import train as train_script
-from minibert.config import RunConfig
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus, CorpusWriter
 from minibert.data.tokenizer import load_tokenizer
 from minibert.evaluate import evaluate
+from minibert.run_config import RunConfig
 from minibert.training.checkpoint import checkpoints
 from minibert.training.distributed import rank, summed, world_size
 from minibert.training.optimizer import build_optimizer

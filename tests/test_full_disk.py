@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 
 import minibert.folder
 import train
-from minibert.config import RunConfig
 from minibert.errors import run_command
 from minibert.folder import load_model
+from minibert.run_config import RunConfig
 from minibert.training import runlog
 from minibert.training.checkpoint import checkpoints
 from minibert.training.runlog import read_metrics
@@ -252,7 +252,7 @@ ON_A_REAL_DISK = """
 import contextlib, dataclasses, io, json, os, shutil, subprocess, sys
 from pathlib import Path
 import train
-from minibert.config import RunConfig
+from minibert.run_config import RunConfig
 from minibert.errors import run_command
 from minibert.training.checkpoint import checkpoints
 

@@ -10,10 +10,10 @@ import torch
 
 import train
 from convert_weights import from_hugging_face
-from minibert.config import RunConfig
 from minibert.folder import load_model, save_model
 from minibert.prepare import prepare
 from minibert.recipes import RECIPES
+from minibert.run_config import RunConfig
 from minibert.training.runlog import read_metrics
 
 TERMS = ("loss", "mlm_loss", "hidden_loss", "attention_loss", "output_loss")

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 from test_stopping import ENDLESS, logged, started, wait_for_updates
 
-from minibert.config import RunConfig
 from minibert.errors import InputError, run_command
 from minibert.files import locked
+from minibert.run_config import RunConfig
 from minibert.training.checkpoint import checkpoints
 from train import train
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import train
-from minibert.config import RunConfig
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.ops import plain
+from minibert.run_config import RunConfig
 
 B, S = 6, 19  # S: max_length of the toy run
 LENGTHS = torch.tensor([19, 3, 11, 7, 2, 15])

@@ -23,10 +23,10 @@ from conftest import ROOT
 from test_stopping import ENDLESS, logged, started, wait_for_updates
 
 import train as train_script
-from minibert.config import RunConfig
 from minibert.data.batches import Batches
 from minibert.errors import run_command
 from minibert.folder import load_model
+from minibert.run_config import RunConfig
 from minibert.training.checkpoint import State, checkpoints, save_checkpoint
 from minibert.training.runlog import read_metrics
 from train import train

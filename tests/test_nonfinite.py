@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import train as train_script
-from minibert.config import RunConfig
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus
 from minibert.errors import InputError, run_command
+from minibert.run_config import RunConfig
 from minibert.training.checkpoint import State, checkpoints, load_newest
 from train import train
 

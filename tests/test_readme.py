@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, SPECIAL_TOKENS, TOY_CONFIG
 
 import convert_weights
-from minibert.config import RunConfig
 from minibert.folder import save_model
 from minibert.model import BertForMaskedLM
+from minibert.run_config import RunConfig
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)

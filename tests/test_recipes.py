@@ -10,12 +10,13 @@ from conftest import BIOBERT
 from recipe_toys import TOY_STUDENT, run_of
 
 import train
-from minibert.config import BertConfig, RunConfig
+from minibert.config import BertConfig
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.folder import load_model
 from minibert.model import BertForMaskedLM
 from minibert.recipes import RECIPES, Recipe
+from minibert.run_config import RunConfig
 from minibert.student import ProjectedStudent, layers_to_follow, new_student
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minibert.config import RunConfig
 from minibert.errors import InputError
 from minibert.progress import duration
+from minibert.run_config import RunConfig
 from minibert.training.runlog import RunLog, named_figures, read_metrics
 
 

@@ -11,12 +11,12 @@ import torch
 from recipe_toys import run_of
 
 import train as train_script
-from minibert.config import RunConfig
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus, CorpusWriter
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import InputError
 from minibert.folder import load_model
+from minibert.run_config import RunConfig
 from minibert.training.runlog import read_metrics
 from train import train
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minibert.config import RunConfig
 from minibert.errors import InputError, in_one_line
 from minibert.files import atomic_folder, locked, read_json, sha256_of_files, write_json
 from minibert.folder import CONFIG, WEIGHTS, read_tensors, write_tensors
+from minibert.run_config import RunConfig
 from minibert.training.distributed import from_rank_0, rank, same_everywhere, spread, together
 
 KINDS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minibert.config import RunConfig
 from minibert.data.batches import Batches
 from minibert.errors import BAD_INPUT_STATUS, InputError, Stopped, in_one_line
 from minibert.files import write_json
+from minibert.run_config import RunConfig
 from minibert.training.distributed import rank
 from minibert.training.runlog import named_figures
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minibert.config import RunConfig
 from minibert.errors import InputError
 from minibert.files import atomic_file, naming, parse_json
 from minibert.progress import ProgressLine, duration
+from minibert.run_config import RunConfig
 from minibert.training.distributed import from_rank_0, rank
 
 METRICS = "metrics.jsonl"

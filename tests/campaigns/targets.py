@@ -21,7 +21,7 @@ from campaigns.mutations import spoil
 from torch import Tensor
 
 import convert_weights
-from minibert.config import LARGEST_SIZE, MOST_LAYERS, MOST_PARAMETERS, BertConfig, RunConfig
+from minibert.config import LARGEST_SIZE, MOST_LAYERS, MOST_PARAMETERS, BertConfig
 from minibert.data.corpus import Corpus, CorpusWriter
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import InputError
@@ -34,6 +34,7 @@ from minibert.folder import (
     write_tensors,
 )
 from minibert.model import BertForMaskedLM
+from minibert.run_config import RunConfig
 from minibert.training import checkpoint
 from minibert.training.optimizer import build_optimizer
 
