@@ -184,7 +184,9 @@ def loss_terms(
     mask = batch.attention_mask
     where = {"attention_mask": mask, "masked_positions": batch.masked_positions, "ops": ops}
     half = torch.bfloat16 if run.dtype == "bfloat16" else None
-    student_maps = [i for i, _ in run.attention_pairs]
+    # Frozen sets, since torch.compile would take numbers in lists for sizes that vary.
+    student_maps = frozenset(i for i, _ in run.attention_pairs)
+    teacher_maps = frozenset(j for _, j in run.attention_pairs)
     learnt = student(batch.input_ids, **where, keep=student_maps, dtype=half)
     student_head = (learnt.head_output, student.decoder, student.decoder_bias)
     teacher_head = (None, None, None)
@@ -192,7 +194,6 @@ def loss_terms(
     if teacher is not None:
         assert not teacher.training, "the teacher's dropout would make its targets noisy"
         with torch.inference_mode():
-            teacher_maps = [j for _, j in run.attention_pairs]
             taught = teacher(batch.input_ids, **where, keep=teacher_maps)
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
         student_levels = (learnt.embedding_output, *learnt.hidden_states)
