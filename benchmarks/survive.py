@@ -128,6 +128,7 @@ def measure_run(run: RunConfig) -> dict[str, Any]:
 
 def measure_saves(folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of saving a student of BioBERT's, in all and in its parts."""
+    folder.mkdir()
     student, _, _ = random_models(BIOBERT)
     optimizer = build_optimizer(student, 0.01)
     for parameter in student.parameters():

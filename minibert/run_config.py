@@ -91,7 +91,7 @@ class RunConfig:
     )
     eval_every: int = setting(1000, "updates between evaluations", type=number(int, 1))
     eval_documents: int = setting(500, "held-out documents of an evaluation", type=number(int, 1))
-    save_every: int = setting(1000, "updates between checkpoints", type=number(int, 1))
+    save_every: int = setting(5000, "updates between checkpoints", type=number(int, 1))
     save_minutes: float = setting(
         15.0, "minutes after which a checkpoint is due", type=number(float, 0, exclusive=True)
     )

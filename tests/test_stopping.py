@@ -133,6 +133,7 @@ def test_minutes_make_a_checkpoint_due(toy_world, tmp_path):
     assert len(checkpoints(out)) >= 3
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_one_that_was_not(toy_world, tmp_path):
     """Weights, moments and log, to the last bit; stopped three times at other moments."""
     flags = ("--steps", "60", "--log-every", "1", "--eval-every", "7")
