@@ -71,6 +71,7 @@ def ranks_joined() -> Iterator[None]:
             world_size=place[1],
         )
         yield
+        agreed(0)  # none takes leave while another still has something to say
     except (InputError, OSError) as error:
         raise InputError(f"rank {number}: {in_one_line(error)}") from None
     except RuntimeError as error:
