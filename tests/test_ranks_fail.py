@@ -292,7 +292,7 @@ def test_torchrun_starts_a_run_again_that_has_fallen(toy_world, tmp_path):
     script, out = tmp_path / "falling.py", tmp_path / "run"
     script.write_text(FALLING)
     flags = ("--out", out, "--steps", 8, "--save-every", 4, "--log-every", 1)
-    run = torchrun(toy_world, "--nproc-per-node", 2, "--max-restarts", 1, script, *flags)
+    run = torchrun(toy_world, "--nproc-per-node", 2, "--max-restarts", 3, script, *flags)
     told, complaints = run.communicate(timeout=120)
     assert run.returncode == 0, complaints
     assert f"written: {out}/student" in told
