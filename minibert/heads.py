@@ -40,22 +40,21 @@ class FineTunedModel(BertModel):
         super().__init__(config)
         self.num_labels = num_labels
 
-    def last_hidden_state(
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        token_type_ids: Tensor | None,
-        dtype: torch.dtype | None,
-        ops: ModuleType,
+        token_type_ids: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        ops: ModuleType = plain,
     ) -> Tensor:
-        """What the last layer says, (B, S, H), in the dtype of the weights: heads are not rounded.
+        """input_ids, attention_mask, token_type_ids (B, S); returns the head's logits.
 
-        The arguments are those of `BertModel.encode`.
+        The encoder computes in `dtype`, the head in the dtype of the weights.
         """
-        encoded = self.encode(
-            input_ids, attention_mask, token_type_ids, dtype=dtype, ops=ops
-        ).hidden_states[-1]  # (B, S, H)
-        return encoded.to(self.embeddings.word_embeddings.weight.dtype)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, dtype=dtype, ops=ops)
+        hidden = encoded.hidden_states[-1].to(self.embeddings.word_embeddings.weight.dtype)
+        return self.logits(hidden, attention_mask, ops)  # hidden (B, S, H)
 
     def head_dropout(self) -> float:
         return self.config.hidden_dropout_prob if self.training else 0.0
@@ -69,16 +68,8 @@ class BertForTokenClassification(FineTunedModel):
         self.classifier = Linear(config.hidden_size, num_labels)
         self._initialise(self.classifier)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        ops: ModuleType = plain,
-    ) -> Tensor:
-        """input_ids, attention_mask, token_type_ids (B, S); returns logits (B, S, C)."""
-        hidden = self.last_hidden_state(input_ids, attention_mask, token_type_ids, dtype, ops)
+    def logits(self, hidden: Tensor, attention_mask: Tensor, ops: ModuleType) -> Tensor:
+        """hidden (B, S, H), attention_mask (B, S); returns (B, S, C)."""
         return self.classifier(ops.dropout(hidden, self.head_dropout()))  # (B, S, C)
 
 
@@ -96,16 +87,8 @@ class BertForSequenceClassification(FineTunedModel):
         self._initialise(self.pooler)
         self._initialise(self.classifier)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        ops: ModuleType = plain,
-    ) -> Tensor:
-        """input_ids, attention_mask, token_type_ids (B, S); returns logits (B, 1, C)."""
-        hidden = self.last_hidden_state(input_ids, attention_mask, token_type_ids, dtype, ops)
+    def logits(self, hidden: Tensor, attention_mask: Tensor, ops: ModuleType) -> Tensor:
+        """hidden (B, S, H), attention_mask (B, S); returns (B, 1, C)."""
         pooled = torch.tanh(self.pooler(hidden[:, :1]))  # (B, 1, H)
         return self.classifier(ops.dropout(pooled, self.head_dropout()))  # (B, 1, C)
 
@@ -118,19 +101,11 @@ class BertForQuestionAnswering(FineTunedModel):
         self.qa_outputs = Linear(config.hidden_size, num_labels)
         self._initialise(self.qa_outputs)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        ops: ModuleType = plain,
-    ) -> Tensor:
-        """input_ids, attention_mask, token_type_ids (B, S); returns logits (B, 2, S).
+    def logits(self, hidden: Tensor, attention_mask: Tensor, ops: ModuleType) -> Tensor:
+        """hidden (B, S, H), attention_mask (B, S); returns (B, 2, S).
 
         No answer begins or ends in the padding: -inf there, so its amount changes nothing.
         """
-        hidden = self.last_hidden_state(input_ids, attention_mask, token_type_ids, dtype, ops)
         logits = self.qa_outputs(hidden).transpose(1, 2)  # (B, 2, S)
         return logits.masked_fill(attention_mask[:, None, :] == 0, -torch.inf)
 
