@@ -15,7 +15,6 @@ import time
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -51,6 +50,7 @@ from minibert.training.distributed import (
 from minibert.training.nonfinite import NonfiniteWatch, pass_over_unless_finite
 from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer, learning_rate_at
 from minibert.training.runlog import RunLog, how_to_go_on
+from minibert.training.seeds import dropout_seed
 from minibert.training.stopping import StopRequest
 
 
@@ -274,11 +274,6 @@ def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
             files = [source / CONFIG, source / WEIGHTS] if source.is_dir() else [source]
             hashes[name] = sha256_of_files(*files)
     return hashes
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a rank's dropout in an update: a function of (seed, step, rank) alone."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def main() -> None:

@@ -7,18 +7,19 @@
 DIR holds train, devel and test: .tsv for ner, .jsonl or .tsv for relation, .json for qa. The model
 of the epoch that is best on devel is kept, and test is looked at once, at the end, with it. A run
 folder holds config.json, metrics.jsonl (a line an epoch), step_*/ (the newest epoch's checkpoint),
-model/ (the best epoch's model), predictions of devel and test, and scores.json. With --seeds N the
-folder holds N such runs, seed_0/ and so on.
+best_epoch_N/ (the best model so far; at the end model/), predictions of devel and test, and
+scores.json. With --seeds N the folder holds N such runs, seed_0/ and so on.
 """
 
 import dataclasses
 import math
+import os
+import shutil
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,9 +29,9 @@ from minibert.data.tokenizer import Tokenizer, load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import atomic_file, read_json, sha256_of_files, write_json
 from minibert.flags import number
-from minibert.folder import CONFIG, WEIGHTS
+from minibert.folder import CONFIG
 from minibert.heads import FineTunedModel, load_fine_tuned, save_fine_tuned, with_new_head
-from minibert.hugging_face import check_tokenizer
+from minibert.hugging_face import check_tokenizer, weight_files
 from minibert.ops import fused
 from minibert.ops.plain import IGNORED_LABEL
 from minibert.progress import counted
@@ -44,6 +45,7 @@ from minibert.training.checkpoint import State, load_newest, run_folder, save_ch
 from minibert.training.device import out_of_memory_is_told, release_freed_memory, set_up_device
 from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer, learning_rate_at
 from minibert.training.runlog import how_to_go_on
+from minibert.training.seeds import dropout_seed
 
 TASKS = {"ner": Ner, "relation": Relation, "qa": QuestionAnswering}
 # The paper's rates, and the lengths that are customary in the field.
@@ -57,7 +59,10 @@ EVALUATED_AT_ONCE = 32  # features
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What a run was started with. `run_folder` asks of it what it asks of a `RunConfig`."""
+    """What a run was started with. `run_folder` asks of it what it asks of a `RunConfig`.
+
+    The flags take their defaults from here. None: the task decides.
+    """
 
     task: str
     model: Path
@@ -65,13 +70,18 @@ class FineTuning:
     out: Path
     epochs: int = 5
     batch_size: int = 16
-    learning_rate: float = 5e-5
-    max_length: int = 128
+    learning_rate: float | None = None
+    max_length: int | None = None
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
     resume: bool = False
     steps: int = 0  # updates in all, known when the data has been read
+
+    def __post_init__(self):
+        for name, by_task in (("learning_rate", LEARNING_RATE), ("max_length", MAX_LENGTH)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, by_task[self.task])
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
@@ -118,8 +128,10 @@ def fine_tune(run: FineTuning) -> dict[str, Any]:
             predictions = task.predict("devel", logits_of(model, task, "devel", tokenizer))
             is_best = log.epoch(epoch, step + 1, task.scores("devel", predictions))
             if is_best:
-                save_fine_tuned(run.out / MODEL, model, task.labels, tokenizer_from=run.model)
+                folder = best_model(run, epoch + 1)
+                save_fine_tuned(folder, model, task.labels, tokenizer_from=run.model)
             save_checkpoint(run.out, State(step + 1), model, optimizer, keep=1)
+            keep_best_model(run, log.best_epoch())
         return conclude(run, task, tokenizer, log.best_epoch(), device)
 
 
@@ -157,10 +169,27 @@ def logits_of(model: FineTunedModel, task: Task, split: str, tokenizer: Tokenize
     return [logits[i] for i in range(len(features))]
 
 
+def best_model(run: FineTuning, epoch: int) -> Path:
+    """The model of an epoch, from 1, that was the best when it ended.
+
+    Each has a folder of its own: one whose checkpoint was never written takes no other's place.
+    """
+    return run.out / f"best_epoch_{epoch}"
+
+
+def keep_best_model(run: FineTuning, best_epoch: int) -> None:
+    """Remove those that another epoch has surpassed."""
+    for folder in run.out.glob("best_epoch_*"):
+        if folder != best_model(run, best_epoch):
+            shutil.rmtree(folder)
+
+
 def conclude(
     run: FineTuning, task: Task, tokenizer: Tokenizer, best_epoch: int, device: torch.device
 ) -> dict[str, Any]:
     """Let the best epoch's model predict devel and test, and write what it did and what it got."""
+    if best_model(run, best_epoch).exists():  # or a run that was stopped below renamed it
+        os.replace(best_model(run, best_epoch), run.out / MODEL)
     model = load_fine_tuned(run.out / MODEL).to(device)
     result = run.to_dict() | {"best_epoch": best_epoch}
     for split in ("devel", "test"):
@@ -175,15 +204,10 @@ def conclude(
 def identity(run: FineTuning, task: Task, tokenizer: Tokenizer) -> dict[str, str]:
     """What a run learns from, and how: a resumed run must find the same."""
     hashes = {path.name: sha256_of_files(path) for path in task.files.values()}
-    hashes |= {"model": sha256_of_files(run.model / WEIGHTS)}
+    hashes |= {"model": sha256_of_files(*weight_files(run.model))}
     hashes |= {"vocabulary": tokenizer.vocabulary_sha256, "task": run.task}
     flags = ("epochs", "batch_size", "learning_rate", "max_length", "seed", "dtype")
     return hashes | {f"--{f.replace('_', '-')}": str(getattr(run, f)) for f in flags}
-
-
-def dropout_seed(seed: int, epoch: int) -> int:
-    """The seed of dropout in an epoch: a function of (seed, epoch) alone."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
 
 
 def over_seeds(run: FineTuning, seeds: int) -> dict[str, Any]:
@@ -228,26 +252,25 @@ def main() -> None:
     count = {"type": number(int, 1), "metavar": "N"}
     rate = {"type": number(float, 0, exclusive=True), "metavar": "N"}
     add("task", choices=TASKS, help="entities, relations, or answers to questions")
-    add("--model", type=Path, required=True, help="model folder to begin from")
+    add("--model", type=Path, required=True, help="model to begin from: ours or Hugging Face's")
     add("--data", type=Path, required=True, help="folder with train, devel and test")
     add("--out", type=Path, required=True, help="run folder to write")
     add("--resume", action="store_true", help="go on after the last finished epoch, or begin")
-    add("--epochs", **count, default=5, help="times through train (default: 5)")
-    add("--batch-size", **count, default=16, help="sequences of an update (default: 16)")
+    add("--epochs", **count, help=f"times through train (default: {FineTuning.epochs})")
+    sequences = f"sequences of an update (default: {FineTuning.batch_size})"
+    add("--batch-size", **count, help=sequences)
     add("--learning-rate", **rate, help=f"the highest (default: {by_task(LEARNING_RATE)})")
     length = {"type": number(int, 8), "metavar": "N"}
     add("--max-length", **length, help=f"tokens of a sequence (default: {by_task(MAX_LENGTH)})")
     seed = {"type": number(int, 0), "metavar": "N"}
-    add("--seed", **seed, default=0, help="of every random draw (default: 0)")
+    add("--seed", **seed, help=f"of every random draw (default: {FineTuning.seed})")
     add("--seeds", **count, help="so many runs, with the seeds from --seed on")
-    dtypes = "of what follows the embeddings, in training (default: float32)"
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtypes)
-    devices = ("auto", "cpu", "cuda")
-    add("--device", choices=devices, default="auto", help="where to compute (default: auto)")
-    given = vars(parser.parse_args())
-    seeds = given.pop("seeds")
-    for name, defaults in (("learning_rate", LEARNING_RATE), ("max_length", MAX_LENGTH)):
-        given[name] = given[name] or defaults[given["task"]]
+    dtypes = f"of what follows the embeddings, in training (default: {FineTuning.dtype})"
+    add("--dtype", choices=("float32", "bfloat16"), help=dtypes)
+    place = f"where to compute (default: {FineTuning.device})"
+    add("--device", choices=("auto", "cpu", "cuda"), help=place)
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    seeds = given.pop("seeds", None)
     run = FineTuning(**given)
     try:
         with out_of_memory_is_told(f"less than --batch-size {run.batch_size} needs less"):

@@ -132,19 +132,23 @@ def read_folder(folder: Path) -> ModelFolder:
         )
     if any(name.startswith(("classifier.", "qa_outputs.")) for name in tensors):
         raise InputError(f"{folder}: fine-tuned; expected an encoder or a masked-language model")
-    expected = tensor_shapes(model_class, config)
+    check_tensors(tensors, tensor_shapes(model_class, config), folder / WEIGHTS)
+    return ModelFolder(model_class, config, tensors, metadata)
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], source: Path
+) -> None:
+    """Refuse tensors that are not exactly the expected ones, floats of these shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise InputError(
-                f"{folder / WEIGHTS}: {name} has shape {found.get(name, 'missing')}; "
+                f"{source}: {name} has shape {found.get(name, 'missing')}; "
                 f"config.json calls for {expected.get(name, 'no such tensor')}"
             )
         if tensors[name].dtype not in FLOATS:
-            raise InputError(
-                f"{folder / WEIGHTS}: {name} is {tensors[name].dtype}; expected floats"
-            )
-    return ModelFolder(model_class, config, tensors, metadata)
+            raise InputError(f"{source}: {name} is {tensors[name].dtype}; expected floats")
 
 
 def is_model_folder(folder: Path) -> bool:

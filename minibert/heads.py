@@ -24,11 +24,12 @@ from minibert.folder import (
     CONFIG,
     WEIGHTS,
     build_model,
+    check_tensors,
     fill_folder,
-    load_model,
     read_tensors,
     tensor_shapes,
 )
+from minibert.hugging_face import load_either
 from minibert.model import BertModel, Linear
 from minibert.ops import plain
 
@@ -117,10 +118,10 @@ HEADS = (BertForTokenClassification, BertForSequenceClassification, BertForQuest
 def with_new_head(
     head: type[FineTunedModel], num_labels: int, model_folder: Path
 ) -> FineTunedModel:
-    """The encoder of a model folder under a head that is drawn by torch's generator."""
+    """The encoder of a folder, ours or Hugging Face's, under a head drawn by torch's generator."""
     if head_of(model_folder) is not None:
         raise InputError(f"{model_folder}: fine-tuned already; expected a model that is not")
-    encoder = load_model(model_folder)
+    encoder, _ = load_either(model_folder)
     model = head(encoder.config, num_labels)
     tensors = model.state_dict()
     tensors |= {name: t for name, t in encoder.state_dict().items() if name in tensors}
@@ -172,13 +173,7 @@ def read_fine_tuned(folder: Path) -> FineTunedFolder:
     if not isinstance(named, dict | tuple) or not named:
         raise InputError(f"{folder / CONFIG}: id2label names no labels")
     expected = tensor_shapes(partial(head, num_labels=len(named)), config)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise InputError(
-                f"{folder / WEIGHTS}: {name} has shape {found.get(name, 'missing')}; "
-                f"config.json calls for {expected.get(name, 'no such tensor')}"
-            )
+    check_tensors(tensors, expected, folder / WEIGHTS)
     keys = ("id2label", "label2id", "problem_type")
     label_settings = {key: settings[key] for key in keys if key in settings}
     return FineTunedFolder(head, config, tensors, metadata, label_settings)

@@ -47,15 +47,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
     """All tensors of a checkpoint, and the files that hold them (several where it is sharded)."""
     if not path.name.endswith(INDEX):
         return _read_file(path), [path]
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(f"{path}: no weight_map that gives each tensor its file")
-    if strange := [name for name in places if not name.isprintable()]:
-        raise InputError(f"{path}: {strange[0][:100]!r} is no name of a tensor")
-    shards = sorted(set(places.values()))
-    for shard in shards:
-        if Path(shard).name != shard or shard == "..":
-            raise InputError(f"{path}: shard {shard!r}; expected the name of a file beside it")
+    places, shards = _read_index(path)
     tensors = {}
     for shard in shards:
         content = _read_file(path.parent / shard)
@@ -66,6 +58,27 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
             )
         tensors |= content
     return tensors, [path.parent / shard for shard in shards]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a folder's weights are in, ours or Hugging Face's; an index comes first."""
+    path = find_checkpoint(folder)
+    shards = _read_index(path)[1] if path.name.endswith(INDEX) else []
+    return [path, *(path.parent / shard for shard in shards)]
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Which shard each tensor is in, and the names of the shards, which lie beside the index."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{path}: no weight_map that gives each tensor its file")
+    if strange := [name for name in places if not name.isprintable()]:
+        raise InputError(f"{path}: {strange[0][:100]!r} is no name of a tensor")
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard == "..":
+            raise InputError(f"{path}: shard {shard!r}; expected the name of a file beside it")
+    return places, shards
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

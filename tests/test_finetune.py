@@ -11,6 +11,7 @@ from conftest import SPECIAL_TOKENS, TOY_CONFIG
 from finetune_toys import DATA, SPLITS, toy_settings
 from safetensors.torch import load_file
 
+from convert_weights import to_hugging_face
 from minibert import finetune
 from minibert.errors import InputError, run_command
 from minibert.finetune import fine_tune, over_seeds
@@ -323,10 +324,49 @@ def test_a_fine_tuned_model_is_not_fine_tuned_again(refused, toy_world, tmp_path
     assert "fine-tuned already" in complaint
 
 
-def test_a_hugging_face_folder_is_told_how_to_come_in(refused, tmp_path):
-    toys = pytest.importorskip("hugging_face_toys")
-    theirs = toys.save_toy(tmp_path / "theirs", toys.toy_model())
-    assert "a Hugging Face folder; convert it first" in refused(model=theirs)
+def test_a_hugging_face_folder_serves_as_well(toy_world, tmp_path):
+    """The folder that --to-hf makes of the model gives the same run, bit for bit."""
+    theirs = tmp_path / "theirs"
+    to_hugging_face(toy_world / "teacher", theirs)
+    models = (toy_world / "teacher", theirs)
+    runs = [
+        toy_settings("ner", toy_world, tmp_path, epochs=1, model=model, out=tmp_path / f"run_{i}")
+        for i, model in enumerate(models)
+    ]
+    for run in runs:
+        fine_tune(run)
+    assert all(torch.equal(t, weights(runs[1])[name]) for name, t in weights(runs[0]).items())
+
+
+def test_an_epoch_that_was_lost_leaves_no_model(toy_world, tmp_path, monkeypatch):
+    """It was the best, its checkpoint was not written, and gone through again it is not the best:
+    so it can be on a GPU, where a second time is not the same to the last bit."""
+    figures = iter([0.5, 0.9, 0.3, 0.0, 0.0])
+    monkeypatch.setattr(finetune.Ner, "scores", lambda *_: {"f1": next(figures)})
+    run = toy_settings("ner", toy_world, tmp_path, epochs=2)
+    first = []
+    saving = finetune.save_checkpoint
+
+    def dying(folder, state, model, optimizer, keep):
+        if first:
+            raise KeyboardInterrupt
+        first.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        saving(folder, state, model, optimizer, keep)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "save_checkpoint", dying)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(run)
+    assert fine_tune(dataclasses.replace(run, resume=True))["best_epoch"] == 1
+    assert all(torch.equal(tensor, first[0][name]) for name, tensor in weights(run).items())
+    assert not list(run.out.glob("best_epoch_*"))
+
+
+def test_from_python_too_the_task_decides(toy_world, tmp_path):
+    paths = {name: tmp_path for name in ("model", "data", "out")}
+    settings = {task: finetune.FineTuning(task=task, **paths) for task in TASKS}
+    assert {task: run.learning_rate for task, run in settings.items()} == finetune.LEARNING_RATE
+    assert {task: run.max_length for task, run in settings.items()} == finetune.MAX_LENGTH
 
 
 def test_a_run_is_not_overwritten_and_not_mixed(refused, toy_world, tmp_path):

@@ -91,6 +91,11 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_offsets(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """As `encode_batch`, and with the characters of its text that each token stands for."""
+        with _refusing(f"{self.source}: cannot cut text"):
+            return self.backend.encode_batch(texts, add_special_tokens=False)
+
     def save(self, folder: Path) -> None:
         """Copy the file that the tokenizer was read from into `folder`, under its standard name."""
         shutil.copyfile(self.source, folder / _standard_name(self.source))

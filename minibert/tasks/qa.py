@@ -26,7 +26,7 @@ from minibert.errors import InputError
 from minibert.files import file_size, parse_json
 from minibert.heads import BOUNDS, BertForQuestionAnswering
 from minibert.tasks.scores import answer_scores, normal_form
-from minibert.tasks.task import SPLITS, Feature, encode, find_files
+from minibert.tasks.task import SPLITS, Feature, find_files
 
 # As google-research/bert has them for SQuAD, and BioBERT for BioASQ.
 LONGEST_QUESTION, LONGEST_ANSWER = 64, 30  # tokens
@@ -73,8 +73,8 @@ class QuestionAnswering:
         self.gold: dict[str, dict[str, list[str]]] = {}  # split -> question -> right answers
         for split in SPLITS:
             questions = read_questions(self.files[split], with_starts=split == "train")
-            asked = encode(tokenizer, [each.question for each in questions])
-            read = encode(tokenizer, [each.context for each in questions])
+            asked = tokenizer.encode_with_offsets([each.question for each in questions])
+            read = tokenizer.encode_with_offsets([each.context for each in questions])
             pairs = [
                 pair
                 for each, ask, context in zip(questions, asked, read, strict=True)

@@ -24,7 +24,7 @@ from minibert.errors import InputError
 from minibert.files import parse_json
 from minibert.heads import BertForSequenceClassification
 from minibert.tasks.scores import class_scores
-from minibert.tasks.task import SPLITS, Feature, encode, find_files, read_lines
+from minibert.tasks.task import SPLITS, Feature, find_files, read_lines
 
 # What corpora call the class of texts that state no relation.
 NEGATIVE = {"0", "false", "not", "no", "none", "negative", "ddi-false"}  # in any case of letters
@@ -67,7 +67,7 @@ class Relation:
                 self._feature(example, encoding, tokenizer, max_length)
                 for example, encoding in zip(
                     examples.values(),
-                    encode(tokenizer, [e.text for e in examples.values()]),
+                    tokenizer.encode_with_offsets([e.text for e in examples.values()]),
                     strict=True,
                 )
             ]

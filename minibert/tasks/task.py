@@ -9,10 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tokenizers import Encoding
 from torch import Tensor
 
-from minibert.data.tokenizer import Tokenizer
 from minibert.errors import InputError
 from minibert.files import file_size
 from minibert.heads import FineTunedModel
@@ -117,8 +115,3 @@ def read_lines(path: Path) -> list[str]:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     # Not splitlines(): U+2028 and its like may stand in a text.
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
-    """Ids and the characters that each token stands for, of each text; nothing added."""
-    return tokenizer.backend.encode_batch(texts, add_special_tokens=False)
