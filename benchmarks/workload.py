@@ -13,7 +13,8 @@ import torch
 
 from minibert.config import BertConfig
 from minibert.data.batches import Batches, GlobalBatch
-from minibert.data.corpus import Corpus, CorpusWriter
+from minibert.data.corpus import Corpus
+from minibert.data.merge import write_corpus
 from minibert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from minibert.model import BertForMaskedLM
 from minibert.recipes import RECIPES
@@ -67,11 +68,11 @@ def write_random_corpus(folder: Path, vocab_size: int) -> Path:
     generator = np.random.default_rng(0)
     lengths = np.exp(generator.normal(5.5, 0.55, 4096)).astype(int).clip(8)
     corpus = folder / "corpus"
-    with CorpusWriter(corpus, load_tokenizer(vocabulary), held_out=0.0) as writer:
-        for document, length in enumerate(lengths):
-            ids = generator.integers(len(special), vocab_size, length)
-            writer.add([str(document)], [ids.tolist()])
-        writer.finish()
+    documents = [
+        (str(document), generator.integers(len(special), vocab_size, length).tolist())
+        for document, length in enumerate(lengths)
+    ]
+    write_corpus(corpus, load_tokenizer(vocabulary), documents, held_out=0.0)
     return corpus
 
 

@@ -3,25 +3,55 @@
     python -m minibert.prepare INPUT... --tokenizer vocab.txt --out CORPUS [--held-out 0.05]
 
 INPUT: PubMed's .xml, or .tsv (id, title, abstract), .jsonl ("text"), .txt (a document a line), each
-also as .gz. The same input gives the same corpus, byte for byte.
+also as .gz; or - for standard input. Of several records of one id the last one counts, in the order
+of the files. The same input gives the same corpus, byte for byte, with any number of workers.
+
+Files that are done are kept in CORPUS.shards until the corpus stands: a command that was stopped,
+given again, goes on with the others.
 """
 
+import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minibert.data.corpus import CorpusWriter
-from minibert.data.pubmed import Reading, read_documents
-from minibert.data.tokenizer import load_tokenizer
-from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.files import sha256_of_files
+from minibert.data.corpus import META
+from minibert.data.merge import check_room, merge
+from minibert.data.pubmed import FORMATS, read_documents
+from minibert.data.reading import STANDARD_INPUT
+from minibert.data.shards import Settings, Shard, dtype_for, find_shard
+from minibert.data.tokenizer import Tokenizer, load_tokenizer
+from minibert.data.workers import Progress, Task, num_cores, shards_made
+from minibert.data.working import (
+    forget_shards,
+    is_full,
+    refuse_full,
+    shard_folder,
+    working_folder,
+)
+from minibert.errors import (
+    INTERRUPTED_STATUS,
+    ArgumentParser,
+    InputError,
+    Stopped,
+    in_one_line,
+    run_command,
+)
+from minibert.files import read_json, sha256_of_files
 from minibert.flags import number
-from minibert.progress import ProgressLine, duration
+from minibert.progress import ProgressLine
 
-BATCH_CHARACTERS = 1 << 20  # tokenized at once: enough to keep every core busy
+DEFAULTS = Settings()
 MANY_UNKNOWN = 0.02  # share of [UNK]; biomedical text with BioBERT's vocabulary has 0.0001
+MANY_REPLACED = 0.5  # share of documents; PubMed's update files replace a few of a hundred
+
+# Bytes of a corpus, at 2 a token, for each byte of input, as measured on PubMed with BERT's pieces
+# (of its citations a third are titles alone). Shards are 3 % larger.
+CORPUS_BYTES = {".xml.gz": 0.37, ".xml": 0.064, ".gz": 1.4, "": 0.48}
 
 
 def prepare(
@@ -30,108 +60,198 @@ def prepare(
     out: Path,
     held_out: float = 0.05,
     show_progress: bool = True,
+    *,
+    settings: Settings = DEFAULTS,
+    workers: int = 1,
+    skip_bad_files: bool = False,
 ) -> dict[str, Any]:
     """Write the documents of `inputs` as the corpus folder `out` and return its meta.json.
 
     Args:
         tokenizer_path: a vocab.txt, a tokenizer.json or a folder that holds one.
         held_out: share of the documents kept for evaluation, 0 to below 1.
+        settings: which parts of a record are its text; what standard input is.
+        workers: processes, at most one a file; a single one is this process.
+        skip_bad_files: leave out files that cannot be read to their ends, rather than end with the
+            first; meta.json names them ("skipped").
 
-    Raises InputError for bad input; then, or when interrupted, `out` is not there.
+    Raises InputError for bad input, KeyboardInterrupt when interrupted; both say how many files are
+    done. `out` is not there then.
     """
+    check_arguments(inputs, out, held_out, settings, skip_bad_files)
+    tokenizer = load_tokenizer(tokenizer_path)
+    with working_folder(out) as working:
+        if is_full(out):
+            return what_stands(out, inputs, tokenizer, held_out, settings)
+        tasks = [Task(path, shard_folder(working, path)) for path in inputs]
+        with telling_what_is_done(tasks):
+            needed = estimated_bytes(tasks) * dtype_for(tokenizer).itemsize // 2
+            check_room(working, needed, f"{out} and what it is made from")
+            skipped = make_shards(
+                tasks, tokenizer, settings, workers, skip_bad_files, show_progress
+            )
+            shards = [find_shard(task.folder) for task in tasks if task.path not in skipped]
+            if not any(shard.meta["counts"]["documents"] for shard in shards):
+                forget_shards(working)
+                raise InputError(nothing_there(inputs, skipped, shards))
+            reasons = [(path.name, skipped[path]) for path in inputs if path in skipped]
+            more_meta = {
+                "section_labels": settings.section_labels,
+                "titles_only_are_documents": settings.titles_only,
+                "skipped": [{"name": name, "reason": reason} for name, reason in reasons],
+            }
+            return merge(shards, out, tokenizer, held_out, more_meta, quiet=not show_progress)
+
+
+# ---- Before the work -----------------------------------------------------------------------------
+
+
+def check_arguments(
+    inputs: Sequence[Path], out: Path, held_out: float, settings: Settings, skip_bad_files: bool
+) -> None:
+    """Refuse what cannot work before anything is written."""
     if not 0 <= held_out < 1:
         raise InputError(f"held-out share {held_out}: expected a number from 0 to below 1")
     if out.name in ("", ".."):
         raise InputError(f"{out}: expected the name of a new folder")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"{out} exists already; choose another folder, or delete it first")
-    tokenizer = load_tokenizer(tokenizer_path)
-    readings = [Reading() for _ in inputs]
-    files = [read_documents(path, reading) for path, reading in zip(inputs, readings, strict=True)]
-    total_bytes = sum(path.stat().st_size for path in inputs)
-    line, start = ProgressLine(), time.monotonic()
+    if STANDARD_INPUT in inputs and settings.stdin_format is None:
+        raise InputError("-: of standard input --stdin-format must say what it is")
+    if STANDARD_INPUT not in inputs and settings.stdin_format is not None:
+        raise InputError("--stdin-format is for standard input; no - among the files")
+    seen = set()
+    for path in inputs:
+        if not skip_bad_files:
+            read_documents(path, **asdict(settings))  # refuses what is missing, or no known format
+        where = path.resolve()
+        if where in seen:
+            raise InputError(f"{path}: given twice")
+        seen.add(where)
+
+
+def what_stands(
+    out: Path, inputs: Sequence[Path], tokenizer: Tokenizer, held_out: float, settings: Settings
+) -> dict[str, Any]:
+    """The meta.json of a corpus whose maker was killed before it could tidy up.
+
+    Raises InputError where it is not what is asked for now.
+    """
+    meta = read_json(out / META)
+    asked = {
+        "held_out_share": held_out,
+        "vocabulary_sha256": tokenizer.vocabulary_sha256,
+        "section_labels": settings.section_labels,
+        "titles_only_are_documents": settings.titles_only,
+        "skipped": [],
+    }
+    is_that = all(meta.get(name) == value for name, value in asked.items())
+    if not is_that or STANDARD_INPUT in inputs:
+        refuse_full(out)
+    if [sha256_of_files(path) for path in inputs] != [part["sha256"] for part in meta["inputs"]]:
+        refuse_full(out)
+    return meta
+
+
+def estimated_bytes(tasks: Sequence[Task]) -> int:
+    """How much is still to be written: shards that are not there, and the corpus; 2 bytes a token.
+
+    Of standard input nobody knows.
+    """
+    estimate = 0.0
+    for path, folder in tasks:
+        if path.is_file():
+            suffix = next(end for end in CORPUS_BYTES if path.name.lower().endswith(end))
+            size = path.stat().st_size * CORPUS_BYTES[suffix]
+            estimate += size if find_shard(folder) else 2 * size
+    return int(estimate)
+
+
+# ---- While it goes on ----------------------------------------------------------------------------
+
+
+@contextmanager
+def telling_what_is_done(tasks: Sequence[Task]) -> Iterator[None]:
+    """Who is stopped in here is told what need not be done again."""
     try:
-        with CorpusWriter(out, tokenizer, held_out) as writer:
-            for documents in files:
-                for ids, texts in in_batches(documents):
-                    writer.add(ids, tokenizer.encode_batch(texts))
-                    if show_progress:
-                        line.show(progress(readings, total_bytes, time.monotonic() - start))
-            return finish(writer, inputs, readings)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise InputError(f"{out}: {error.strerror or error}") from None  # a full disk names no file
+        yield
+    except (InputError, OSError) as error:
+        done = what_is_done(tasks) if num_done(tasks) else ""
+        raise InputError(in_one_line(error) + done) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted{what_is_done(tasks)}") from None
+
+
+def what_is_done(tasks: Sequence[Task]) -> str:
+    """Of a run that has come to its end too early."""
+    return (
+        f"; {num_done(tasks)} of {len(tasks)} files are done, the same command goes on from there"
+    )
+
+
+def num_done(tasks: Sequence[Task]) -> int:
+    """How many files have a finished shard."""
+    return sum(find_shard(task.folder) is not None for task in tasks)
+
+
+def make_shards(
+    tasks: Sequence[Task],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    workers: int,
+    skip_bad_files: bool,
+    show_progress: bool,
+) -> dict[Path, str]:
+    """Make the shards of all files; returns those that are bad, and why, if they may be."""
+    line, progress = ProgressLine(), Progress([task.path for task in tasks])
+    skipped = {}
+    try:
+        with closing(shards_made(tasks, tokenizer, settings, workers)) as events:
+            for event in events:
+                progress.note(event)
+                if show_progress:
+                    line.show(progress.text(time.monotonic() - progress.start))
+                if event.kind == "bad" and not skip_bad_files:
+                    raise InputError(event.reason)
+                if event.kind == "bad":
+                    skipped[event.path] = event.reason
     finally:
         line.clear()
+    return skipped
 
 
-def finish(
-    writer: CorpusWriter, inputs: Sequence[Path], readings: Sequence[Reading]
-) -> dict[str, Any]:
-    """Put the corpus in its place, with what each file contributed noted in its meta.json."""
-    if not any(reading.documents for reading in readings):
-        others = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
-        titles = sum(reading.titles_only for reading in readings)
-        raise InputError(f"{inputs[0]}{others}: no documents ({titles} titles without an abstract)")
-    return writer.finish(
-        [
-            {
-                "name": path.name,
-                "sha256": sha256_of_files(path),
-                "documents": reading.documents,
-                "titles_only": reading.titles_only,
-            }
-            for path, reading in zip(inputs, readings, strict=True)
-        ]
-    )
+# ---- At the end ----------------------------------------------------------------------------------
 
 
-def in_batches(
-    documents: Iterable[tuple[str, str]],
-) -> Iterator[tuple[list[str], list[str]]]:
-    """Ids and texts of the documents, in lists of about BATCH_CHARACTERS."""
-    ids: list[str] = []
-    texts: list[str] = []
-    characters = 0
-    for document_id, text in documents:
-        ids.append(document_id)
-        texts.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield ids, texts
-            ids, texts, characters = [], [], 0
-    if ids:
-        yield ids, texts
-
-
-def progress(readings: Sequence[Reading], total_bytes: int, seconds: float) -> str:
-    """How far it is, how fast and for how long still; MB are those of the files on the disk."""
-    bytes_read = sum(reading.bytes_read for reading in readings)
-    documents = sum(reading.documents for reading in readings)
-    return (
-        f"{bytes_read / total_bytes:4.0%}  {documents:,} documents  "
-        f"{documents / seconds:,.0f} documents/s  {bytes_read / seconds / 1e6:.2f} MB/s  "
-        f"{duration(seconds * (total_bytes - bytes_read) / bytes_read)} left"
-    )
+def nothing_there(inputs: Sequence[Path], skipped: dict[Path, str], shards: list[Shard]) -> str:
+    """Why no corpus can be made."""
+    if len(skipped) == len(inputs):
+        return f"{skipped[inputs[0]]}; no other file is whole, either"
+    titles = sum(shard.meta["counts"]["titles_only"] for shard in shards)
+    others = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
+    return f"{inputs[0]}{others}: no documents ({titles} titles without an abstract)"
 
 
 def summary(meta: dict[str, Any], out: Path) -> str:
     """What was made, for people."""
-    documents, tokens = meta["documents"], meta["tokens"]
-    titles = sum(source["titles_only"] for source in meta["inputs"])
+    documents, tokens, totals = meta["documents"], meta["tokens"], meta["totals"]
     unknown = meta["unk_tokens"] / tokens
-    doubt = "; is this the tokenizer for this text?" if unknown > MANY_UNKNOWN else ""
-    return "\n".join(
-        (
-            f"documents   {documents:,}, {meta['held_out_documents']:,} of them held out",
-            f"left out    {titles:,} titles without an abstract",
-            f"tokens      {tokens:,}, {tokens / documents:.1f} a document",
-            f"[UNK]       {unknown:.3%} of the tokens{doubt}",
-            f"written to  {out}",
-            f"next        python train.py --data {out} --teacher TEACHER --out RUN",
+    replaced = totals["replaced"] / (documents + totals["replaced"] + totals["deleted"])
+    unknown_doubt = "; is this the tokenizer for this text?" if unknown > MANY_UNKNOWN else ""
+    lines = [
+        f"documents   {documents:,}, {meta['held_out_documents']:,} of them held out",
+        f"left out    {totals['titles_only']:,} titles without an abstract",
+        f"tokens      {tokens:,}, {tokens / documents:.1f} a document",
+        f"[UNK]       {unknown:.3%} of the tokens{unknown_doubt}",
+        f"written to  {out}",
+        f"next        python train.py --data {out} --teacher TEACHER --out RUN",
+    ]
+    if totals["replaced"] or totals["deleted"]:
+        doubt = "; are the ids in the first column unique?" if replaced > MANY_REPLACED else ""
+        lines.insert(
+            2,
+            f"replaced    {totals['replaced']:,} by later ones of the same id, "
+            f"{totals['deleted']:,} deleted{doubt}",
         )
-    )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -140,7 +260,33 @@ def main() -> None:
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="text file")
+    add_flags(parser)
+    flags = parser.parse_args()
+    labels, titles = flags.section_labels == "yes", flags.title_only == "yes"
+    try:
+        meta = prepare(
+            flags.inputs,
+            flags.tokenizer,
+            flags.out,
+            flags.held_out,
+            settings=Settings(labels, titles, flags.stdin_format),
+            workers=flags.workers or num_cores(),
+            skip_bad_files=flags.skip_bad_files,
+        )
+    except KeyboardInterrupt as interrupt:
+        if not str(interrupt):
+            raise
+        print(interrupt, file=sys.stderr)
+        raise Stopped(INTERRUPTED_STATUS) from None
+    print(summary(meta, flags.out))
+    for skipped in meta["skipped"]:
+        print(f"skipped: {skipped['reason']}", file=sys.stderr)
+    if meta["skipped"]:
+        raise Stopped(1)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="text file, or -")
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -156,9 +302,34 @@ def main() -> None:
         default=0.05,
         help="share of the documents kept for evaluation (default: 0.05)",
     )
-    flags = parser.parse_args()
-    meta = prepare(flags.inputs, flags.tokenizer, flags.out, flags.held_out)
-    print(summary(meta, flags.out))
+    parser.add_argument(
+        "--section-labels",
+        choices=("yes", "no"),
+        default="yes",
+        help="keep the labels of the sections of structured abstracts (default: yes)",
+    )
+    parser.add_argument(
+        "--title-only",
+        choices=("yes", "no"),
+        default="no",
+        help="keep records that have a title but no abstract (default: no)",
+    )
+    parser.add_argument(
+        "--stdin-format",
+        choices=[suffix[1:] for suffix in FORMATS],
+        help="what comes from standard input when INPUT is -",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=number(int, 1),
+        help="processes, each with a file of its own (default: one a core, at most one a file)",
+    )
+    parser.add_argument(
+        "--skip-bad-files",
+        action="store_true",
+        help="leave out files that cannot be read to their ends, list them, end with status 1",
+    )
 
 
 if __name__ == "__main__":

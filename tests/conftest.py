@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minibert.config import BertConfig
-from minibert.data.corpus import CorpusWriter
+from minibert.data.merge import write_corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.folder import save_model
 from minibert.model import BertForMaskedLM
@@ -56,16 +56,14 @@ def toy_world(tmp_path_factory) -> Path:
     words = [f"w{number:02}" for number in range(TOY_CONFIG.vocab_size - len(SPECIAL_TOKENS))]
     (world / "vocab.txt").write_text("\n".join(SPECIAL_TOKENS + words) + "\n")
     generator = np.random.default_rng(0)
-    with CorpusWriter(
-        world / "corpus", load_tokenizer(world / "vocab.txt"), held_out=0.2
-    ) as writer:
-        for document in range(43):
-            # Each word follows from the one before it, so that there is something to learn.
-            start, stride = generator.integers(0, 94), generator.integers(1, 4)
-            length = generator.integers(1, 41)
-            ids = 5 + (start + stride * np.arange(length)) % 94
-            writer.add([f"document {document}"], [ids.tolist()])
-        writer.finish()
+    documents = []
+    for document in range(43):
+        # Each word follows from the one before it, so that there is something to learn.
+        start, stride = generator.integers(0, 94), generator.integers(1, 4)
+        length = generator.integers(1, 41)
+        ids = 5 + (start + stride * np.arange(length)) % 94
+        documents.append((f"document {document}", ids.tolist()))
+    write_corpus(world / "corpus", load_tokenizer(world / "vocab.txt"), documents, held_out=0.2)
     torch.manual_seed(0)
     save_model(world / "teacher", BertForMaskedLM(TOY_CONFIG), tokenizer_from=world)
     return world

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from batch_toys import corpus_of, original, rows, rows_of, tokenizer_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert.data.batches import Batches, window
-from minibert.data.corpus import Corpus, CorpusWriter
-from minibert.data.tokenizer import load_tokenizer
+from minibert.data.corpus import Corpus
+from minibert.errors import InputError
 
 MAX_LENGTH = 19
 
@@ -20,30 +21,6 @@ def corpus(toy_world) -> Corpus:
 
 def batches(corpus, micro_batch_tokens=60, seed=0, batch_size=7) -> Batches:
     return Batches(corpus, MAX_LENGTH, micro_batch_tokens, batch_size, seed)
-
-
-def rows(batch):
-    """Every sequence of a global batch, without padding: (ids, {place: label})."""
-    for micro_batch in batch.micro_batches:
-        S = micro_batch.input_ids.shape[1]
-        labels = dict(
-            zip(micro_batch.masked_positions.tolist(), micro_batch.labels.tolist(), strict=True)
-        )
-        for number, (ids, mask) in enumerate(
-            zip(micro_batch.input_ids, micro_batch.attention_mask, strict=True)
-        ):
-            length = int(mask.sum())
-            assert mask[:length].all(), "real tokens come first"
-            places = {p - number * S: label for p, label in labels.items() if p // S == number}
-            yield ids[:length].tolist(), places
-
-
-def original(corpus, ids, places):
-    """The sequence before masking, [CLS] and [SEP] taken off."""
-    ids = [places.get(place, token) for place, token in enumerate(ids)]
-    assert ids[0] == corpus.tokenizer.cls_id
-    assert ids[-1] == corpus.tokenizer.sep_id
-    return ids[1:-1]
 
 
 def test_a_step_can_be_built_alone(corpus):
@@ -88,6 +65,18 @@ def test_what_a_step_learns_from_does_not_depend_on_how_it_is_cut(corpus):
         assert (whole.num_tokens, whole.num_masked) == (cut.num_tokens, cut.num_masked)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_share_a_batch(corpus, ranks):
+    """Rank r takes sequences r, r + ranks, ... of the batch; the counts are those of all of it."""
+    for step in range(6):
+        whole = batches(corpus).at(step)
+        sequences = list(rows(whole))
+        for rank in range(ranks):
+            share = Batches(corpus, MAX_LENGTH, 60, 7, rank=rank, world_size=ranks).at(step)
+            assert list(rows(share)) == sequences[rank::ranks]
+            assert share[1:] == whole[1:]  # documents, num_tokens, num_masked
+
+
 def test_the_counts_are_those_of_the_batch(corpus):
     batch = batches(corpus).at(3)
     assert batch.num_tokens == sum(int(m.attention_mask.sum()) for m in batch.micro_batches)
@@ -123,55 +112,6 @@ def test_padding_is_padding(corpus):
         ).all()
 
 
-@pytest.fixture(scope="module")
-def long_corpus(toy_world, tmp_path_factory) -> Corpus:
-    """150 documents of 1,000 tokens, every tenth [UNK]: enough to count masks in."""
-    folder = tmp_path_factory.mktemp("long") / "corpus"
-    tokenizer = load_tokenizer(toy_world / "vocab.txt")
-    generator = np.random.default_rng(5)
-    with CorpusWriter(folder, tokenizer, held_out=0.0) as writer:
-        for document in range(150):
-            ids = generator.integers(5, 99, 1000)
-            ids[::10] = tokenizer.unk_id
-            writer.add([f"long {document}"], [ids.tolist()])
-        writer.finish()
-    return Corpus.open(folder)
-
-
-def test_masking_is_15_percent_80_10_10_and_never_special(long_corpus):
-    batch = Batches(long_corpus, 1002, 200_000, batch_size=150, seed=11).at(0)
-    outcome = {"mask": 0, "random": 0, "kept": 0}
-    ordinary = 0
-    for ids, places in rows(batch):
-        for place, label in places.items():
-            assert label >= 5, "a special token was masked"
-            now = ids[place]
-            outcome[
-                "mask"
-                if now == long_corpus.tokenizer.mask_id
-                else "kept"
-                if now == label
-                else "random"
-            ] += 1
-            assert now == long_corpus.tokenizer.mask_id or now >= 5, "replaced by a special token"
-        ordinary += sum(token >= 5 for token in original(long_corpus, ids, places))
-    masked = sum(outcome.values())
-    # Five standard deviations of the binomial counts; a random id is the old one once in 94.
-    assert ordinary == 135_000
-    assert abs(masked - 0.15 * ordinary) < 5 * (ordinary * 0.15 * 0.85) ** 0.5
-    for kind, share in {"mask": 0.8, "random": 0.1 * 93 / 94, "kept": 0.1 * 95 / 94}.items():
-        assert abs(outcome[kind] - share * masked) < 5 * (masked * share * (1 - share)) ** 0.5
-
-
-def test_masks_change_from_epoch_to_epoch(long_corpus):
-    maker = Batches(long_corpus, 1002, 200_000, batch_size=150, seed=11)
-    one, two = maker.at(0), maker.at(1)
-    assert sorted(one.documents) == sorted(two.documents)
-    positions = [set(b.micro_batches[0].masked_positions.tolist()) for b in (one, two)]
-    overlap = len(positions[0] & positions[1]) / len(positions[0])
-    assert overlap == pytest.approx(0.15 * 0.9, abs=0.02)
-
-
 def test_held_out_documents_are_others_and_their_masks_always_the_same(corpus):
     count = corpus.num_held_out
     assert 0 < count < corpus.num_training
@@ -181,16 +121,26 @@ def test_held_out_documents_are_others_and_their_masks_always_the_same(corpus):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_part_of_the_held_out_documents_is_spread_over_all_of_them(corpus):
-    first, count = corpus.num_training, corpus.num_held_out
-    (micro_batch,) = batches(corpus, micro_batch_tokens=10_000).held_out(2)
-    kept = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(*micro_batch[:2], strict=True)}
-    (all_of_them,) = batches(corpus, micro_batch_tokens=10_000).held_out(count)
-    lengths = [min(len(corpus.tokens(first + n)), MAX_LENGTH - 2) + 2 for n in (0, count // 2)]
-    assert sorted(map(len, kept)) == sorted(lengths)
-    assert len(all_of_them.input_ids) == count
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tokenizer_of(tmp_path_factory.mktemp("tokenizer"), num_words=5_000)
 
 
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [(0, []), (1, [0]), (2, [0, 5]), (3, [0, 3, 7]), (11, range(11)), (99, range(11))],
+)
+def test_a_part_of_the_held_out_documents_is_spread_over_all_of_them(tokenizer, asked, given):
+    """And each has the masks that it has among all."""
+    texts = [[5 + document] * 12 for document in range(19)]
+    maker = Batches(corpus_of(tokenizer, texts, held_out=11), MAX_LENGTH)
+    every, some = ([*rows_of(maker.held_out(count))] for count in (11, asked))
+    assert some == [every[number] for number in given]
+    shown = [original(maker.corpus, *row) for row in some]
+    assert shown == [texts[8 + number] for number in given]
+
+
+@settings(deadline=None)
 @given(
     num_tokens=st.integers(0, 2000), longest=st.integers(1, 300), first_turn=st.integers(0, 1 << 40)
 )
@@ -203,3 +153,77 @@ def test_windows_cover_a_document_in_turns(num_tokens, longest, first_turn):
         assert end - start == min(num_tokens, longest)
         covered.update(range(start, end))
     assert covered == set(range(num_tokens))
+
+
+def test_windows_of_many_documents_are_those_of_each():
+    num_tokens, turns = np.arange(1, 400), np.arange(7, 406)
+    starts, ends = window(num_tokens, 17, turns)
+    each = [window(*pair) for pair in zip(num_tokens, [17] * 399, turns, strict=True)]
+    assert list(zip(starts, ends, strict=True)) == each
+
+
+@pytest.mark.parametrize("max_length", [3, 19, 256])
+def test_all_of_a_long_document_is_seen_in_as_many_epochs_as_it_has_windows(tokenizer, max_length):
+    """Every token of it is another, so that what is seen can be told."""
+    lengths = [1, 700, 256, 17, 18, 1_009, 509]
+    corpus = corpus_of(tokenizer, [range(5, 5 + length) for length in lengths])
+    maker = Batches(corpus, max_length, batch_size=len(lengths))
+    seen = [set() for _ in lengths]
+    for epoch in range(-(-max(lengths) // (max_length - 2))):
+        batch = maker.at(epoch)
+        shown = {document: min(lengths[document], max_length - 2) for document in batch.documents}
+        longest_first = sorted(shown, key=lambda document: -shown[document])  # stable
+        for document, row in zip(longest_first, rows(batch), strict=True):
+            part = original(corpus, *row)
+            assert part == list(range(part[0], part[0] + shown[document])), "one piece of text"
+            seen[document].update(part)
+        for document, length in enumerate(lengths):
+            if epoch + 1 == -(-length // (max_length - 2)):  # as many epochs as windows
+                assert seen[document] == set(range(5, 5 + length))
+
+
+# Damage.
+
+
+def damaged(tokenizer, document: int, place: int) -> Corpus:
+    """Eleven documents of 40 tokens, one of them with an id beyond the vocabulary."""
+    corpus = corpus_of(tokenizer, [[7] * 40] * 11, held_out=2)
+    corpus._tokens[40 * document + place] = 60_000
+    return corpus
+
+
+@pytest.mark.parametrize("document", range(9))
+@pytest.mark.parametrize("place", [0, 16, 39])
+def test_damage_is_told_of_its_document_alone(tokenizer, document, place):
+    """Also the first and the last token, beside which [SEP] and [CLS] of its neighbours stand."""
+    corpus = damaged(tokenizer, document, place)
+    told = set()
+    for step in range(3 * 11):  # the windows of 17 tokens are three
+        maker = Batches(corpus, MAX_LENGTH, batch_size=3)
+        try:
+            maker.at(step)
+        except InputError as error:
+            assert document in maker.documents(step)
+            told.add(str(error))
+    assert told == {f"{corpus.folder / 'tokens.bin'}: damaged; document {document} holds 60000"}
+
+
+def test_damage_of_held_out_documents_is_told(tokenizer):
+    maker = Batches(damaged(tokenizer, document=10, place=0), max_length=42)
+    maker.held_out(1)
+    with pytest.raises(InputError, match="damaged; document 10 holds 60000"):
+        maker.held_out(2)
+
+
+def test_the_first_id_beyond_the_vocabulary_is_one(tokenizer):
+    corpus = corpus_of(tokenizer, [[tokenizer.vocab_size - 1] * 9])
+    Batches(corpus, MAX_LENGTH).at(0)
+    corpus._tokens[8] += 1
+    with pytest.raises(InputError, match=f"document 0 holds {tokenizer.vocab_size}"):
+        Batches(corpus, MAX_LENGTH).at(0)
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused(tmp_path):
+    corpus = corpus_of(tokenizer_of(tmp_path, num_words=0), [[1]])
+    with pytest.raises(InputError, match="special tokens alone"):
+        Batches(corpus, MAX_LENGTH)

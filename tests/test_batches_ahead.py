@@ -17,7 +17,8 @@ import torch
 from conftest import ROOT
 
 from minibert.data.batches import Batches, GlobalBatch, MicroBatch
-from minibert.data.corpus import Corpus, CorpusWriter
+from minibert.data.corpus import Corpus
+from minibert.data.merge import write_corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import InputError
 
@@ -69,10 +70,8 @@ def test_a_worker_that_is_not_forked_builds_the_same(toy_world):
 
 
 def test_a_corpus_is_sent_without_its_tokens(toy_world, tmp_path):
-    with CorpusWriter(tmp_path / "corpus", load_tokenizer(toy_world), held_out=0.3) as writer:
-        for document in range(50):
-            writer.add([f"{document}"], [np.arange(5, 99).repeat(20).tolist()])
-        writer.finish()
+    documents = [(f"{document}", np.arange(5, 99).repeat(20).tolist()) for document in range(50)]
+    write_corpus(tmp_path / "corpus", load_tokenizer(toy_world), documents, held_out=0.3)
     corpus = Corpus.open(tmp_path / "corpus")
     pickled = pickle.dumps(corpus)
     assert (tmp_path / "corpus" / "tokens.bin").stat().st_size == 50 * 94 * 20 * 2

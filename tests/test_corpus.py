@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert.data.corpus import Corpus, CorpusWriter, is_held_out
+from minibert.data.corpus import Corpus
+from minibert.data.merge import is_held_out, write_corpus
+from minibert.data.shards import document_keys
 from minibert.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from minibert.errors import InputError
 
@@ -27,18 +29,11 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), NUM_WORDS)
 
 
-def write(folder, tokenizer, documents, held_out):
-    with CorpusWriter(folder, tokenizer, held_out) as writer:
-        for document_id, tokens in documents:
-            writer.add([document_id], [tokens])
-        return writer.finish([{"name": "toy.txt"}])
-
-
 @pytest.fixture
 def folder(tokenizer, tmp_path):
     """A corpus of 29 documents, some held out."""
     documents = [(f"id {n}", [n, 32, *range(n % 7)]) for n in range(29)]
-    write(tmp_path / "corpus", tokenizer, documents, held_out=0.3)
+    write_corpus(tmp_path / "corpus", tokenizer, documents, held_out=0.3)
     return tmp_path / "corpus"
 
 
@@ -48,28 +43,34 @@ def ids():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    documents=st.lists(
-        st.tuples(ids(), st.lists(st.integers(0, NUM_WORDS + 4), min_size=1, max_size=9)),
+    documents=st.dictionaries(
+        ids(),
+        st.lists(st.integers(0, NUM_WORDS + 4), min_size=1, max_size=9),
         min_size=1,
         max_size=23,
     ),
     held_out=st.floats(0, 0.99),
 )
 def test_what_was_written_is_read(tokenizer, tmp_path_factory, documents, held_out):
-    training = [pair for pair in documents if not is_held_out(pair[0], held_out)]
-    others = [pair for pair in documents if is_held_out(pair[0], held_out)]
+    sides = is_held_out(document_keys(documents), held_out)
+    training, others = (
+        [pair for pair, side in zip(documents.items(), sides, strict=True) if side == wanted]
+        for wanted in (False, True)
+    )
     path = tmp_path_factory.mktemp("corpora") / "corpus"
     if not training:
         with pytest.raises(InputError, match="no documents to train on"):
-            write(path, tokenizer, documents, held_out)
+            write_corpus(path, tokenizer, documents.items(), held_out)
+        assert list(path.parent.iterdir()) == []
         return
-    meta = write(path, tokenizer, documents, held_out)
+    meta = write_corpus(path, tokenizer, documents.items(), held_out)
+    assert [file.name for file in path.parent.iterdir()] == ["corpus"]
     corpus = Corpus.open(path)
     assert (corpus.num_training, corpus.num_held_out) == (len(training), len(others))
     for number, (document_id, tokens) in enumerate(training + others):
         assert corpus.document_id(number) == document_id
         assert corpus.tokens(number).tolist() == tokens
-    unknown = sum(tokens.count(tokenizer.unk_id) for _, tokens in documents)
+    unknown = sum(tokens.count(tokenizer.unk_id) for tokens in documents.values())
     assert (meta["tokens"], meta["unk_tokens"]) == (corpus.offsets[-1], unknown)
 
 
@@ -79,7 +80,6 @@ def test_meta_says_what_the_corpus_is(folder, tokenizer):
     assert corpus.meta["documents"] == 29 == corpus.num_training + corpus.num_held_out
     assert corpus.meta["held_out_documents"] == corpus.num_held_out > 0
     assert corpus.meta["unk_tokens"] == 29
-    assert corpus.meta["inputs"] == [{"name": "toy.txt"}]
     assert corpus.tokenizer.special_ids == tokenizer.special_ids == (31, 32, 33, 34, 35)
     assert corpus.tokenizer.vocabulary_sha256 == tokenizer.vocabulary_sha256
     assert load_tokenizer(folder).vocabulary_sha256 == tokenizer.vocabulary_sha256
@@ -91,33 +91,32 @@ def test_meta_says_what_the_corpus_is(folder, tokenizer):
 
 def test_the_hash_of_the_id_decides_who_is_held_out():
     # printf 31878634 | sha256sum: 89d91e84..., and 0x89d91e84 / 2**32 = 0.538469
-    assert not is_held_out("31878634", 0.538469)
-    assert is_held_out("31878634", 0.538470)
-    assert not any(is_held_out(str(pmid), 0) for pmid in range(100))
-    held_out = sum(is_held_out(str(pmid), 0.05) for pmid in range(20_000))
-    assert 900 < held_out < 1100
+    (key,) = keys = document_keys(["31878634"])
+    assert key >> np.uint64(32) == 0x89D91E84
+    assert not is_held_out(keys, 0.538469)
+    assert is_held_out(keys, 0.538470)
+    keys = document_keys(str(pmid) for pmid in range(20_000))
+    assert not is_held_out(keys, 0).any()
+    assert 900 < is_held_out(keys, 0.05).sum() < 1100
+    ends = np.array([0, 2**64 - 1], np.uint64)
+    assert is_held_out(ends, 1e-300).tolist() == [True, False]
+    assert is_held_out(ends, np.nextafter(1, 0)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("num_words", "width"), [(65_536 - 5, 2), (65_537 - 5, 4)])
 def test_tokens_are_as_wide_as_the_vocabulary_asks(tmp_path, num_words, width):
     tokenizer = make_tokenizer(tmp_path, num_words)
-    write(tmp_path / "corpus", tokenizer, [("a", [0, tokenizer.mask_id]), ("b", [7])], held_out=0)
+    documents = [("a", [0, tokenizer.mask_id]), ("b", [7])]
+    write_corpus(tmp_path / "corpus", tokenizer, documents, held_out=0)
     assert (tmp_path / "corpus" / "tokens.bin").stat().st_size == 3 * width
     assert Corpus.open(tmp_path / "corpus").tokens(0).tolist() == [0, tokenizer.vocab_size - 1]
 
 
 def test_a_text_without_tokens_is_no_document(tmp_path, tokenizer):
-    write(tmp_path / "corpus", tokenizer, [("a", []), ("b", [3, 4]), ("c", [])], held_out=0)
+    documents = [("a", []), ("b", [3, 4]), ("c", [])]
+    write_corpus(tmp_path / "corpus", tokenizer, documents, held_out=0)
     corpus = Corpus.open(tmp_path / "corpus")
     assert (corpus.num_training, corpus.document_id(0)) == (1, "b")
-
-
-def test_who_leaves_early_leaves_nothing(tmp_path, tokenizer):
-    with CorpusWriter(tmp_path / "corpus", tokenizer, 0) as writer:
-        writer.add(["a"], [[1]])
-    with pytest.raises(KeyboardInterrupt), CorpusWriter(tmp_path / "corpus", tokenizer, 0):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_opening_reads_neither_tokens_nor_ids(folder):

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train as train_script
 from minibert.data.batches import Batches
-from minibert.data.corpus import Corpus, CorpusWriter
+from minibert.data.corpus import Corpus
+from minibert.data.merge import write_corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.evaluate import evaluate
 from minibert.run_config import RunConfig
@@ -337,9 +338,8 @@ def shared_evaluation(run: RunConfig, data: Path, documents: int) -> dict[str, f
 def test_an_evaluation_is_shared(toy_world, still_run, tmp_path):
     """Also by more ranks than there are micro-batches, and where there is nothing held out."""
     corpus = Corpus.open(still_run.data)
-    with CorpusWriter(tmp_path / "none", load_tokenizer(toy_world), held_out=0.0) as writer:
-        writer.add(["one", "two"], [corpus.tokens(n).tolist() for n in (0, 1)])
-        writer.finish()
+    documents = [("one", corpus.tokens(0).tolist()), ("two", corpus.tokens(1).tolist())]
+    write_corpus(tmp_path / "none", load_tokenizer(toy_world), documents, held_out=0.0)
     assert [len(Batches(corpus, 19, CUT).held_out(n)) for n in (9, 1)] == [5, 1]
     for data, documents in ((still_run.data, 9), (still_run.data, 1), (tmp_path / "none", 9)):
         question = (shared_evaluation, still_run, data, documents)

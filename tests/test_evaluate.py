@@ -105,12 +105,11 @@ def test_more_tokens_than_positions_is_one_clear_line(toy_world, monkeypatch, ca
 
 
 def test_nothing_held_out_is_one_clear_line(toy_world, tmp_path, monkeypatch, capsys):
-    from minibert.data.corpus import CorpusWriter
+    from minibert.data.merge import write_corpus
     from minibert.data.tokenizer import load_tokenizer
 
-    with CorpusWriter(tmp_path / "corpus", load_tokenizer(toy_world), held_out=0.0) as writer:
-        writer.add(["one"], [[7, 8, 9]])
-        writer.finish()
+    documents = [("one", [7, 8, 9])]
+    write_corpus(tmp_path / "corpus", load_tokenizer(toy_world), documents, held_out=0.0)
     where = [toy_world / "teacher", "--data", tmp_path / "corpus", "--max-length", 19]
     status, _, complaint = evaluated(monkeypatch, capsys, *where)
     assert status == 2

@@ -12,7 +12,7 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import train
-from minibert.data.corpus import CorpusWriter
+from minibert.data.merge import write_corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import run_command
 from minibert.folder import save_model
@@ -96,9 +96,8 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(refused, tmp_path):
 def test_a_corpus_of_another_vocabulary(refused, toy_world, tmp_path):
     words = (toy_world / "vocab.txt").read_text().split()
     (tmp_path / "vocab.txt").write_text("\n".join([*words[:-1], "other"]) + "\n")
-    with CorpusWriter(tmp_path / "corpus", load_tokenizer(tmp_path / "vocab.txt"), 0.0) as writer:
-        writer.add(["one"], [[7, 8, 9]])
-        writer.finish()
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+    write_corpus(tmp_path / "corpus", tokenizer, [("one", [7, 8, 9])], held_out=0.0)
     assert "was made with another vocabulary" in refused(data=tmp_path / "corpus")
 
 

@@ -1,9 +1,9 @@
 """From a corpus to the batch of a step: which documents, which window of each, which tokens masked.
 
 Every choice is a pure function of (seed, epoch, document), and the batch of any step can be built
-alone: nothing is remembered from the steps before it. A global batch is sorted by length and cut
-into micro-batches of a token budget, so that padding nearly vanishes and what a step learns from
-does not change with the budget.
+alone: nothing is remembered from the steps before it, and nothing kept of an epoch's order. A
+global batch is sorted by length and cut into micro-batches of a token budget, so that padding
+nearly vanishes and what a step learns from does not change with the budget.
 
 Shapes: B sequences of a micro-batch, S its longest sequence, M its masked positions.
 """
@@ -12,7 +12,6 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -21,13 +20,14 @@ import torch
 from torch import Tensor
 
 from minibert.data.corpus import Corpus
+from minibert.data.randomness import hashed, permuted
 from minibert.errors import InputError
 
 MASKED_SHARE = 0.15  # of the tokens that are no special ones, each independently
 REPLACED_BY_MASK = 0.8  # of those: [MASK]; then a random id; the rest stay as they are
 REPLACED_BY_RANDOM = 0.1
 
-TRAINING, HELD_OUT = 0, 1  # separate streams of random numbers
+TRAINING, HELD_OUT, ORDER = 0, 1, 2  # separate streams of random numbers
 HELD_OUT_SEED = 0  # not the run's: runs are evaluated on the same masked positions
 
 
@@ -53,12 +53,17 @@ class GlobalBatch(NamedTuple):
     num_masked: int
 
 
-class Sequence(NamedTuple):
-    """One masked sequence, on its way into a batch."""
+class Sequences(NamedTuple):
+    """Sequences on their way into a batch, the longest first; each array has an entry for each."""
 
-    input_ids: np.ndarray  # (length,) with [CLS] and [SEP], masked
-    original_ids: np.ndarray  # (length,) before masking
-    masked: np.ndarray  # (length,) bool: where a label is asked for
+    documents: np.ndarray  # int64
+    starts: np.ndarray  # int64: where in the corpus the first token after [CLS] stands
+    lengths: np.ndarray  # int64, [CLS] and [SEP] included
+    keys: np.ndarray  # uint64: of their random draws
+
+    def some(self, which: np.ndarray | slice) -> "Sequences":
+        """Those that an index or a mask names."""
+        return Sequences(*(entries[which] for entries in self))
 
 
 class Batches:
@@ -101,17 +106,16 @@ class Batches:
 
     def at(self, step: int) -> GlobalBatch:
         """The global batch of update `step`, counted from 0."""
-        epochs_and_documents = self._epochs_and_documents(step)
-        sequences = [
-            self._sequence(document, epoch, self.seed, TRAINING)
-            for epoch, document in epochs_and_documents
-        ]
-        own = longest_first(sequences)[self.rank :: self.world_size]
+        epochs, documents = self._epochs_and_documents(step)
+        sequences = self._sequences(documents, epochs, self.seed, TRAINING)
+        is_own = np.arange(len(documents)) % self.world_size == self.rank
+        own = self._micro_batches(sequences.some(is_own))
+        others = self._micro_batches(sequences.some(~is_own))  # for the counts
         return GlobalBatch(
-            micro_batches=self._micro_batches(own),
-            documents=[document for _, document in epochs_and_documents],
-            num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
-            num_masked=sum(int(sequence.masked.sum()) for sequence in sequences),
+            micro_batches=own,
+            documents=documents.tolist(),
+            num_tokens=int(sequences.lengths.sum()),
+            num_masked=sum(len(micro_batch.labels) for micro_batch in own + others),
         )
 
     @contextmanager
@@ -175,75 +179,81 @@ class Batches:
         """Some held-out documents, evenly spread, with masks that depend on `max_length` alone."""
         first, there = self.corpus.num_training, self.corpus.num_held_out
         count = min(num_documents, there)
-        documents = [first + turn * there // count for turn in range(count)]
-        sequences = [self._sequence(document, 0, HELD_OUT_SEED, HELD_OUT) for document in documents]
-        return self._micro_batches(longest_first(sequences))
+        documents = first + np.arange(count) * there // count
+        epochs = np.zeros_like(documents)
+        return self._micro_batches(self._sequences(documents, epochs, HELD_OUT_SEED, HELD_OUT))
 
     def documents(self, step: int) -> list[int]:
         """Which documents update `step` learns from."""
-        return [document for _, document in self._epochs_and_documents(step)]
+        return self._epochs_and_documents(step)[1].tolist()
 
-    def _epochs_and_documents(self, step: int) -> list[tuple[int, int]]:
-        turns = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._whose_turn(turn) for turn in turns]
+    def _epochs_and_documents(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(batch_size,) each: every training document has one turn an epoch."""
+        turns = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(turns, self.corpus.num_training)
+        key = hashed(self.seed, ORDER, epochs)  # an order for each epoch
+        return epochs, permuted(places, self.corpus.num_training, key)
 
-    def _whose_turn(self, turn: int) -> tuple[int, int]:
-        """(epoch, document) of a turn: every training document has one turn an epoch."""
-        epoch, place = divmod(turn, self.corpus.num_training)
-        return epoch, int(epoch_order(self.corpus.num_training, self.seed, epoch)[place])
+    def _sequences(
+        self, documents: np.ndarray, epochs: np.ndarray, seed: int, stream: int
+    ) -> Sequences:
+        """[CLS] window [SEP] of each document.
 
-    def _sequence(self, document: int, epoch: int, seed: int, stream: int) -> Sequence:
-        """[CLS] window [SEP] of a document, masked by the 80/10/10 rule."""
-        tokens = self.corpus.tokens(document)
-        start, end = window(len(tokens), self.max_length - 2, turn=epoch + document)
-        original_ids = np.empty(end - start + 2, dtype=np.int64)
-        original_ids[0], original_ids[-1] = self.tokenizer.cls_id, self.tokenizer.sep_id
-        original_ids[1:-1] = tokens[start:end]
+        Longest first, so that a shortage of memory shows at once and neighbours need little
+        padding.
+        """
+        offsets = self.corpus.offsets
+        begins, ends = offsets[documents], offsets[documents + 1]
+        start, end = window(ends - begins, self.max_length - 2, turn=epochs + documents)
+        keys = hashed(seed, stream, epochs, documents)
+        sequences = Sequences(documents, begins + start, end - start + 2, keys)
+        return sequences.some(np.argsort(-sequences.lengths, kind="stable"))
 
-        # A counter-based generator: its key and counter name the draw, so nothing is carried over.
-        generator = np.random.Generator(
-            np.random.Philox(key=[seed, stream], counter=[0, 0, document, epoch])
-        )
-        chance, kind = generator.random((2, len(original_ids)))
-        random_ids = generator.choice(self.random_ids, len(original_ids))
-        masked = (chance < MASKED_SHARE) & self.maskable[original_ids]
-        by_mask = masked & (kind < REPLACED_BY_MASK)
-        by_random = masked & ~by_mask & (kind < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
-        input_ids = np.where(by_mask, self.tokenizer.mask_id, original_ids)
-        return Sequence(np.where(by_random, random_ids, input_ids), original_ids, masked)
-
-    def _micro_batches(self, sequences: list[Sequence]) -> list[MicroBatch]:
-        """Sequences in descending length, cut where the budget is full."""
-        micro_batches, first = [], 0
-        while first < len(sequences):
-            longest = len(sequences[first].input_ids)
-            count = max(1, self.micro_batch_tokens // longest)
-            micro_batches.append(self._padded(sequences[first : first + count]))
+    def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
+        """Cut where the budget is full."""
+        micro_batches, first, lengths = [], 0, sequences.lengths
+        while first < len(lengths):
+            count = max(1, self.micro_batch_tokens // int(lengths[first]))
+            micro_batches.append(self._micro_batch(sequences.some(slice(first, first + count))))
             first += count
         return micro_batches
 
-    def _padded(self, sequences: list[Sequence]) -> MicroBatch:
-        """Sequences side by side, padded to the longest."""
-        B, S = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
-        input_ids = np.full((B, S), self.tokenizer.pad_id, dtype=np.int64)
-        original_ids = np.zeros((B, S), dtype=np.int64)
-        attention_mask = np.zeros((B, S), dtype=np.int64)
-        masked = np.zeros((B, S), dtype=bool)
-        for row, sequence in enumerate(sequences):
-            length = len(sequence.input_ids)
-            input_ids[row, :length] = sequence.input_ids
-            original_ids[row, :length] = sequence.original_ids
-            attention_mask[row, :length] = 1
-            masked[row, :length] = sequence.masked
-        masked_positions = np.flatnonzero(masked)  # (M,)
-        labels = original_ids.reshape(-1)[masked_positions]  # (M,)
+    def _micro_batch(self, sequences: Sequences) -> MicroBatch:
+        """Sequences side by side, masked, and padded to the longest."""
+        documents, starts, lengths, keys = sequences
+        columns, ends = np.arange(lengths[0]), lengths[:, None] - 1  # (S,), (B, 1)
+        # [CLS], [SEP] and padding are written over what is read in their places, the window's ends.
+        inside = np.clip(columns - 1, 0, ends - 2)  # (B, S)
+        input_ids = self.corpus.tokens_at(starts[:, None] + inside, documents)  # (B, S)
+        input_ids[:, 0] = self.tokenizer.cls_id
+        input_ids[columns == ends] = self.tokenizer.sep_id
+        input_ids[columns > ends] = self.tokenizer.pad_id
+        masked_positions, labels = self._mask(input_ids, hashed(keys[:, None], columns))
+        attention_mask = (columns <= ends).astype(np.int64)  # (B, S)
         arrays = (input_ids, attention_mask, masked_positions, labels)
         return MicroBatch(*map(torch.from_numpy, arrays))
 
+    def _mask(self, input_ids: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mask ids in place by the 80/10/10 rule; the masked positions and their labels, (M,) each.
 
-def longest_first(sequences: list[Sequence]) -> list[Sequence]:
-    """So that a shortage of memory shows at once, and neighbours need little padding."""
-    return sorted(sequences, key=lambda sequence: -len(sequence.input_ids))
+        draws: (B, S) uint64. The upper 32 bits of each decide whether and how, the lower ones are
+        for the random id.
+        """
+        ids, draws = input_ids.reshape(-1), draws.reshape(-1)  # views, (B * S,)
+        positions = np.flatnonzero(draws < of_all_draws(MASKED_SHARE))
+        positions = positions[self.maskable[ids[positions]]]  # (M,)
+        labels, draws = ids[positions], draws[positions]  # (M,)
+        by_mask = draws < of_all_draws(MASKED_SHARE * REPLACED_BY_MASK)
+        changed = draws < of_all_draws(MASKED_SHARE * (REPLACED_BY_MASK + REPLACED_BY_RANDOM))
+        random_ids = self.random_ids[((draws % (1 << 32)) * len(self.random_ids)) >> 32]
+        replaced = np.where(by_mask, self.tokenizer.mask_id, random_ids)
+        ids[positions] = np.where(changed, replaced, labels)
+        return positions, labels
+
+
+def of_all_draws(share: float) -> int:
+    """The bound that this share of uniform 64-bit numbers lies below; told by the upper half."""
+    return round(share * 2**32) << 32
 
 
 def _build(batches: Batches, steps: range, reader: Connection, writer: Connection) -> None:
@@ -268,20 +278,12 @@ def without_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
-def epoch_order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the documents 0 to num_documents - 1."""
-    return np.random.default_rng([seed, epoch]).permutation(num_documents)
-
-
-def window(num_tokens: int, longest: int, turn: int) -> tuple[int, int]:
-    """(start, end) of the part of a document that a sequence shows.
+def window(num_tokens: np.ndarray, longest: int, turn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end) of the part of each document that a sequence shows; for one, plain numbers.
 
     A document longer than `longest` tokens is seen through evenly spread windows that together
     cover it; they take turns, one an epoch.
     """
-    if num_tokens <= longest:
-        return 0, num_tokens
-    num_windows = -(-num_tokens // longest)
-    start = (turn % num_windows) * (num_tokens - longest) // (num_windows - 1)
-    return start, start + longest
+    num_windows = np.maximum(-(-num_tokens // longest), 1)
+    start = turn % num_windows * (num_tokens - longest) // np.maximum(num_windows - 1, 1)
+    return start, start + np.minimum(num_tokens, longest)

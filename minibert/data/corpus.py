@@ -11,131 +11,24 @@ A document is held out when the hash of its id says so: it stays on its side wha
 are read, and in whatever order.
 """
 
-import hashlib
+import mmap
 import reprlib
-import shutil
 import warnings
-from array import array
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from minibert.data.tokenizer import Tokenizer, load_tokenizer
 from minibert.errors import InputError
-from minibert.files import atomic_folder, file_size, read_json, sha256_of_files, write_json
+from minibert.files import file_size, read_json
 
 FORMAT_VERSION = 1
 TOKENS, OFFSETS, IDS, META = "tokens.bin", "offsets.npy", "ids.txt", "meta.json"
 
-
-def is_held_out(document_id: str, share: float) -> bool:
-    """Whether a document belongs to the held-out `share` (0 to 1): its id's SHA-256 decides."""
-    return int(hashlib.sha256(document_id.encode()).hexdigest()[:16], 16) / 2**64 < share
-
-
-class _Side:
-    """The documents of one side, training or held out, in the order they came."""
-
-    def __init__(self, tokens: BinaryIO, ids: BinaryIO):
-        self.tokens, self.ids = tokens, ids
-        self.lengths = array("q")  # 8 bytes a document: all that stays in memory
-
-    def add(self, document_id: str, tokens: np.ndarray) -> None:
-        self.tokens.write(tokens.tobytes())
-        self.ids.write(document_id.encode() + b"\n")
-        self.lengths.append(len(tokens))
-
-    def append(self, other: "_Side") -> None:
-        """Add all documents of the other side; both sides' files are closed."""
-        for whole, part in ((self.tokens, other.tokens), (self.ids, other.ids)):
-            part.seek(0)
-            shutil.copyfileobj(part, whole)
-            part.close()
-            whole.close()
-        self.lengths += other.lengths
-
-
-class CorpusWriter:
-    """Writes a corpus folder, a few documents at a time.
-
-        with CorpusWriter(folder, tokenizer, held_out=0.05) as writer:
-            writer.add(ids, token_lists)
-            meta = writer.finish()
-
-    The folder appears at `finish`, whole; who leaves without it leaves nothing behind.
-    """
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, held_out: float):
-        self.folder, self.tokenizer, self.held_out = folder, tokenizer, held_out
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self.unk_tokens = 0
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            self._partial = partial = stack.enter_context(atomic_folder(folder))
-            tokenizer.save(partial)
-            names = (TOKENS, IDS)
-            kept = [stack.enter_context(open(partial / name, "wb")) for name in names]
-            waiting = [stack.enter_context(TemporaryFile(dir=partial)) for _ in names]
-            self._stack = stack.pop_all()  # from here on ours to close
-        self._training, self._held_out = _Side(*kept), _Side(*waiting)
-
-    def add(self, ids: Sequence[str], token_lists: Sequence[Sequence[int]]) -> None:
-        """Append documents: their ids (without line breaks) and their token ids.
-
-        One without any token is not a document and is left out.
-        """
-        for document_id, token_list in zip(ids, token_lists, strict=True):
-            if not token_list:
-                continue
-            tokens = np.array(token_list, dtype=self.dtype)  # (length,)
-            self.unk_tokens += int((tokens == self.tokenizer.unk_id).sum())
-            side = self._held_out if is_held_out(document_id, self.held_out) else self._training
-            side.add(document_id, tokens)
-
-    def finish(self, inputs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """Put the folder in its place and return its meta.json; `inputs` describes the text files.
-
-        Raises InputError where there is no document to train on.
-        """
-        num_training, num_held_out = len(self._training.lengths), len(self._held_out.lengths)
-        if num_training == 0:
-            raise InputError(f"{self.folder}: no documents to train on ({num_held_out} held out)")
-        self._training.append(self._held_out)
-        partial = self._partial
-        offsets = np.zeros(num_training + num_held_out + 1, dtype=np.int64)
-        np.cumsum(self._training.lengths, out=offsets[1:])
-        np.save(partial / OFFSETS, offsets, allow_pickle=False)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "documents": num_training + num_held_out,
-            "held_out_documents": num_held_out,
-            "held_out_share": self.held_out,
-            "tokens": int(offsets[-1]),
-            "unk_tokens": self.unk_tokens,
-            "dtype": self.dtype.name,
-            "vocab_size": self.tokenizer.vocab_size,
-            "special_ids": self.tokenizer.special_ids._asdict(),
-            "vocabulary_sha256": self.tokenizer.vocabulary_sha256,
-            "corpus_sha256": sha256_of_files(partial / TOKENS, partial / OFFSETS),
-            "inputs": list(inputs),
-        }
-        write_json(partial / META, meta)
-        self._stack.close()
-        return meta
-
-    def __enter__(self) -> "CorpusWriter":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        # After finish() nothing is left to undo. Before it, no reason for leaving is good enough:
-        # the partial folder must be told of an error even where there was none, or it is kept.
-        unfinished = RuntimeError(f"{self.folder} was not finished")
-        self._stack.__exit__(type(unfinished), unfinished, None)
+OFFSETS_AT_ONCE = 1 << 17  # to be checked: a megabyte
 
 
 class Corpus:
@@ -179,8 +72,8 @@ class Corpus:
                 f"{folder / TOKENS}: {size} bytes; {META} calls for {meta['tokens']} tokens "
                 f"as {meta['dtype']}, {meta['tokens'] * dtype.itemsize} bytes"
             )
-        tokens = np.memmap(folder / TOKENS, dtype, mode="r")
-        return cls(folder, meta, tokenizer, np.asarray(tokens), np.asarray(offsets))
+        tokens = _mapped(folder / TOKENS, dtype, meta["tokens"])
+        return cls(folder, meta, tokenizer, tokens, offsets)
 
     def __reduce__(self) -> tuple[Callable[[Path], "Corpus"], tuple[Path]]:
         """Another process opens the folder itself rather than being sent the tokens."""
@@ -189,11 +82,21 @@ class Corpus:
     def tokens(self, document: int) -> np.ndarray:
         """(length,) ids of a document, uint16 or uint32, read-only, without special tokens."""
         tokens = self._tokens[self.offsets[document] : self.offsets[document + 1]]
-        if tokens.max() >= self.tokenizer.vocab_size:
-            raise InputError(
-                f"{self.folder / TOKENS}: damaged; document {document} holds {tokens.max()}"
-            )
+        if (largest := tokens.max()) >= self.tokenizer.vocab_size:
+            raise self._damaged(document, largest)
         return tokens
+
+    def tokens_at(self, places: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """(B, S) int64 ids at `places` in tokens.bin, a row of each of `documents` (B,)."""
+        tokens = self._tokens[places]
+        if tokens.max() >= self.tokenizer.vocab_size:
+            largest = tokens.max(axis=1)  # (B,)
+            row = int((largest >= self.tokenizer.vocab_size).argmax())
+            raise self._damaged(documents[row], largest[row])
+        return tokens.astype(np.int64)
+
+    def _damaged(self, document: int, token: int) -> InputError:
+        return InputError(f"{self.folder / TOKENS}: damaged; document {document} holds {token}")
 
     def document_ids(self, documents: Sequence[int]) -> list[str]:
         """The ids that documents came with (reads ids.txt once: for people, not for loops)."""
@@ -268,7 +171,30 @@ def _map_offsets(path: Path, meta: dict[str, Any]) -> np.ndarray:
         raise InputError(
             f"{path}: runs from {offsets[0]} to {offsets[-1]}; expected 0 to {meta['tokens']}"
         )
-    not_longer = np.flatnonzero(offsets[1:] <= offsets[:-1])
-    if len(not_longer):
-        raise InputError(f"{path}: document {not_longer[0]} ends where it begins, or before")
-    return offsets
+    _check_that_they_rise(path, offsets)
+    return _mapped(path, offsets.dtype, len(offsets), offsets.offset)
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int, start: int = 0) -> np.ndarray:
+    """(count,) the numbers from byte `start` of a file on, read from the disk as they are used.
+
+    A page at a time: with the megabytes around it, which systems read for whoever will go on from
+    there, a batch of documents from everywhere would take seconds.
+    """
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mapped, "madvise"):  # not on Windows
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype, count, start)
+
+
+def _check_that_they_rise(path: Path, offsets: np.memmap) -> None:
+    """Read block by block: what is looked at through the map would stay in our memory."""
+    for first in range(0, len(offsets) - 1, OFFSETS_AT_ONCE):
+        count = min(OFFSETS_AT_ONCE + 1, len(offsets) - first)  # the next block's first as well
+        start = offsets.offset + first * offsets.itemsize
+        block = np.fromfile(path, np.int64, count, offset=start)
+        not_longer = np.flatnonzero(block[1:] <= block[:-1])
+        if len(not_longer):
+            document = first + not_longer[0]
+            raise InputError(f"{path}: document {document} ends where it begins, or before")

@@ -22,7 +22,8 @@ from torch import Tensor
 
 import convert_weights
 from minibert.config import LARGEST_SIZE, MOST_LAYERS, MOST_PARAMETERS, BertConfig
-from minibert.data.corpus import Corpus, CorpusWriter
+from minibert.data.corpus import Corpus
+from minibert.data.merge import write_corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import InputError
 from minibert.folder import (
@@ -79,10 +80,11 @@ def make_targets(folder: Path) -> dict[str, Target]:
     save_model(folder / "model", BertForMaskedLM(CONFIG), tokenizer_from=folder)
     convert_weights.to_hugging_face(folder / "model", folder / "hf")
     load_tokenizer(folder / "vocab.txt").backend.save(str(folder / "tokenizer.json"))
-    with CorpusWriter(folder / "corpus", load_tokenizer(folder), held_out=0.3) as writer:
-        for document in range(11):
-            writer.add([f"id {document}"], [[(5 + document * k) % 24 for k in range(document + 1)]])
-        writer.finish()
+    documents = [
+        (f"id {document}", [(5 + document * k) % 24 for k in range(document + 1)])
+        for document in range(11)
+    ]
+    write_corpus(folder / "corpus", load_tokenizer(folder), documents, held_out=0.3)
     as_json = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
     model, config = _content(folder / "model"), (folder / "model" / "config.json").read_bytes()
     vocabulary = {"vocab.txt": (folder / "vocab.txt").read_bytes()}

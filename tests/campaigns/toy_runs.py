@@ -28,7 +28,7 @@ import torch._dynamo  # noqa: E402  (a run imports it: a second)
 
 import train  # noqa: E402
 from minibert.config import BertConfig  # noqa: E402
-from minibert.data.corpus import CorpusWriter  # noqa: E402
+from minibert.data.merge import write_corpus  # noqa: E402
 from minibert.data.tokenizer import load_tokenizer  # noqa: E402
 from minibert.errors import run_command  # noqa: E402
 from minibert.folder import save_model  # noqa: E402
@@ -101,11 +101,11 @@ def make_world(world: Path) -> None:
         (world / "vocab.txt").write_text("\n".join(special + words) + "\n")
         draw = np.random.default_rng(0)
         tokenizer = load_tokenizer(world / "vocab.txt")
-        with CorpusWriter(world / "corpus", tokenizer, held_out=0.2) as writer:
-            for document in range(43):
-                ids = draw.integers(5, 99, draw.integers(1, 41))
-                writer.add([f"document {document}"], [ids.tolist()])
-            writer.finish()
+        documents = [
+            (f"document {document}", draw.integers(5, 99, draw.integers(1, 41)).tolist())
+            for document in range(43)
+        ]
+        write_corpus(world / "corpus", tokenizer, documents, held_out=0.2)
         torch.manual_seed(0)
         config = BertConfig(99, 24, 4, 3, 37, max_position_embeddings=29, initializer_range=0.2)
         save_model(world / "teacher", BertForMaskedLM(config), tokenizer_from=world)
