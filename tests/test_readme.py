@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, SPECIAL_TOKENS, TOY_CONFIG
 
 import convert_weights
+from minibert import download
 from minibert.folder import save_model
 from minibert.model import BertForMaskedLM
 from minibert.run_config import RunConfig
@@ -45,6 +47,8 @@ def test_the_file_map_is_complete():
 def test_every_flag_exists():
     known = FLAGS | {"--tokenizer", "--json", "--to-hf", "--local-dir", "--held-out", "--help"}
     known |= {"--plot"}  # of benchmarks/losses.py
+    known |= {"--files", "--update", "--base-url"}  # of minibert.download
+    known |= {"--stdin-format", "--section-labels", "--title-only", "--workers", "--skip-bad-files"}
     known |= {"--print-recipe"}  # of train.py, and no setting of a run
     known |= {"--top"}  # of minibert.fill_mask
     known |= {"--seeds"}  # of minibert.finetune
@@ -78,6 +82,7 @@ def test_the_flags_of_train_are_frozen():
         "train.py",
         "convert_weights.py",
         "-m minibert.prepare",
+        "-m minibert.download",
         "-m minibert.evaluate",
         "-m minibert.fill_mask",
         "-m minibert.finetune",
@@ -108,16 +113,16 @@ def workplace(tmp_path):
         f"</Abstract></Article></MedlineCitation></PubmedArticle>"
         for number in range(1, 41)
     )
-    with gzip.open(tmp_path / "pubmed21n0001.xml.gz", "wt") as file:
+    (tmp_path / "pubmed").mkdir()
+    with gzip.open(tmp_path / "pubmed" / "pubmed21n0001.xml.gz", "wt") as file:
         file.write(f"<PubmedArticleSet>{citations}</PubmedArticleSet>")
     return tmp_path
 
 
 def test_the_commands_for_biobert_run(workplace):
-    (block,) = [block for block in BLOCKS if "hf download" in block]
+    (block,) = [block for block in BLOCKS if "minibert.download biobert" in block]
     lines = [shlex.split(line, comments=True) for line in block.splitlines() if line]
-    assert lines[0][:3] == ["hf", "download", "dmis-lab/biobert-base-cased-v1.2"]
-    for command in lines[1:]:
+    for command in lines[2:]:  # after the downloads
         if command[1].endswith(".py"):
             command[1] = str(ROOT / command[1])
         if command[1].endswith("train.py"):  # what must be small here
@@ -129,6 +134,29 @@ def test_the_commands_for_biobert_run(workplace):
     assert {path.name for path in (workplace / "runs" / "compact").iterdir()} == {
         "config.json", "lock", "metrics.jsonl", "step_000002", "student",
     }  # fmt: skip
+
+
+def test_the_commands_for_downloads_are_understood(monkeypatch):
+    commands = re.findall(r"python -m (minibert\.download .*)", "".join(BLOCKS))
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+        download.parse_flags()
+
+
+def test_the_commands_for_text_run(workplace):
+    (workplace / "models").mkdir()
+    (workplace / "ours").rename(workplace / "models" / "biobert")
+    shutil.copytree(workplace / "pubmed", workplace / "pubmed-updates")
+    (block,) = [block for block in BLOCKS if "--stdin-format" in block]
+    _, files, piped = block.splitlines()
+    command = [str(path) for part in shlex.split(files) for path in expanded(part, workplace)]
+    done = run(command, workplace)
+    assert done.returncode == 0 and "replaced    40" in done.stdout, done
+    notes = "a gene\nthe drug\n" * 20
+    command = shlex.split(piped.split("| ")[1])
+    done = run([*command, "--held-out", "0"], workplace, input=notes)
+    assert done.returncode == 0 and "documents   2, 0 of them held out" in done.stdout, done
 
 
 def test_the_two_ways_to_use_a_model_run(workplace):
