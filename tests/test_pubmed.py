@@ -178,6 +178,7 @@ def test_brackets_of_translated_titles_go(tmp_path, title, expected):
         ("Tablets [correctedness].", None),
         ("Tablets [proceedings] in the stomach.", None),
         ("Tablets (proceedings).", None),
+        ("(author's transl).", None),
         ("A [" + "very " * 80 + "long note of 1994].", None),
         ("[Malaria in Chad 1994].", "Malaria in Chad 1994."),
         ("[Letter].", "Letter."),
