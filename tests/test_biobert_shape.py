@@ -70,7 +70,7 @@ def world(shared_data, tmp_path_factory):
         shared_data / "vocab" / "vocab.txt",
         world / "corpus",
     )
-    assert meta["documents"] == 18_445
+    assert meta["documents"] == 18_440
     assert meta["unk_tokens"] / meta["tokens"] < 0.001
     yield world
     shutil.rmtree(world)
