@@ -60,7 +60,7 @@ def bytes_moved(
     if operation.is_view:
         return 0, 0
     read, written = [], []
-    for argument, value in _by_schema(operation, arguments, named):
+    for argument, value in argument_values(operation, arguments, named):
         tensors = list(tensors_in(value))
         if argument.alias_info is not None and argument.alias_info.is_write:
             written += tensors
@@ -76,7 +76,7 @@ def bytes_moved(
     return sum(map(size_in_bytes, read)), bytes_written
 
 
-def _by_schema(
+def argument_values(
     operation: Any, arguments: Sequence[Any], named: Mapping[str, Any]
 ) -> Iterator[tuple[Any, Any]]:
     """What was given, each with what the operation's schema says of it."""
