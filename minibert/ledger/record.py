@@ -8,19 +8,21 @@ What backward runs in an autograd function of our own has a stack: its lines are
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert.ledger.counts import bytes_moved, flops, size_in_bytes, tensors_in
+from minibert.ledger.counts import Cost, Traffic, bytes_moved, flops, tensors_in, traffic
+from minibert.ledger.launches import launches_told
 
 FORWARD, TEACHER, STUDENT, LOSSES, BACKWARD, UPDATE = PHASES = (
     "forward",  # of a model that is not trained
@@ -30,7 +32,7 @@ FORWARD, TEACHER, STUDENT, LOSSES, BACKWARD, UPDATE = PHASES = (
     "backward",
     "update",
 )
-UPDATES = ("clip_grad_norm_", "pass_over_unless_finite", "step")  # functions of the last phase
+UPDATES = ("clip_grad_norm_", "step")  # functions that the last phase begins with
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent
 
@@ -54,12 +56,20 @@ class Operation:
     bytes_read: int
     bytes_written: int
     seconds: float | None = None  # None where nothing was computed
-    saved_bytes: int = 0  # of what it made, kept for backward
+    saved_bytes: int = 0  # of the memory that it filled, kept for backward
 
     @property
     def line(self) -> Line | None:
         """The innermost line of ours."""
         return self.lines[0] if self.lines else None
+
+
+class Flow(NamedTuple):
+    """Which memories an operation had to do with; a number for each, in the order of the step."""
+
+    reads: tuple[int, ...]
+    overwrites: tuple[int, ...]  # in part or whole
+    makes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,27 +94,46 @@ class Ledger(TorchDispatchMode):
     def __init__(self, models: dict[str, nn.Module], timed: bool = False):
         super().__init__()
         self.operations: list[Operation] = []
+        self.flows: list[Flow] = []  # of each operation
+        self.results: tuple[int, ...] = ()  # memories that what was recorded is for
         self.timed = timed
         self._names = {
             module: f"{name}.{path}" if path else name
             for name, model in models.items()
             for path, module in model.named_modules()
         }
+        self._owners = {
+            parameter: self._names[module]
+            for module in self._names
+            for parameter in module.parameters(recurse=False)
+        }
         self._inside: list[str] = []  # the modules whose forward is running
         self._origins: dict[int, _Origin] = {}  # sequence number of a node -> its forward
-        self._made: dict[int, Operation] = {}  # memory of a tensor -> what made it
-        self._saved: set[tuple[int, int]] = set()  # memory and operation, counted already
+        self._memories: dict[int, tuple[int, StorageWeakRef]] = {}  # by address, which it keeps
+        self._filled: dict[int, Operation] = {}  # memory -> what wrote it last
+        self._saved: set[int] = set()  # memories that were counted already
 
     @contextmanager
     def recorded(self) -> Iterator["Ledger"]:
         """The ledger, entered, with its eyes on modules and on what autograd keeps."""
         saving = torch.autograd.graph.saved_tensors_hooks(self._note_saved, lambda tensor: tensor)
-        with self._watching_modules(), saving, self:
+        with self._watching_modules(), launches_told(self.note, self.timed), saving, self:
             yield self
+
+    def memory(self, tensor: Tensor) -> int:
+        """The number of a tensor's memory. Its address is not used again while the ledger lives."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._memories:
+            self._memories[storage._cdata] = (len(self._memories), StorageWeakRef(storage))
+        return self._memories[storage._cdata][0]
+
+    def note_results(self, tensors: Iterable[Tensor]) -> None:
+        """What was recorded is for these: figures, weights, the optimiser's moments."""
+        self.results = tuple(map(self.memory, tensors))
 
     def __torch_dispatch__(self, operation, types, arguments=(), named=None):
         named = named or {}
-        if operation.namespace == "prim":  # a question that tensors without elements are asked
+        if operation.namespace in ("prim", "profiler"):  # a question about a tensor, a time stamp
             return operation(*arguments, **named)
         with self:  # in inference mode `linear` and its like come whole
             result = operation.decompose(*arguments, **named)
@@ -112,62 +141,69 @@ class Ledger(TorchDispatchMode):
             return result
         began = time.perf_counter()
         result = self.run(operation, arguments, named)
-        seconds = time.perf_counter() - began if self.timed else None
-        entry = self._entry(operation, arguments, named, result, seconds)
-        self.operations.append(entry)
-        for tensor in tensors_in(result):
-            if not operation.is_view:
-                self._made[tensor.untyped_storage()._cdata] = entry
+        seconds = time.perf_counter() - began
+        moved = traffic(operation, arguments, named, result)
+        cost = Cost(
+            flops(operation, arguments),
+            *bytes_moved(operation, arguments, named, result, moved),
+            seconds if self.timed else None,
+        )
+        self.note(str(operation), [*arguments, *named.values()], result, moved, cost)
         return result
 
     def run(self, operation: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Compute an operation; the next entry of the ledger, `len(self.operations)`, is its."""
         return operation(*arguments, **named)
 
-    def _entry(self, operation, arguments, named, result, seconds) -> Operation:
-        """What there is to know about a call."""
-        read, written = bytes_moved(operation, arguments, named, result)
-        frames = list(_frames())
-        lines = tuple(line for frame in frames if (line := _line(frame)) is not None)
-        node = torch._C._current_autograd_node()
-        module = self._inside[-1] if self._inside else ""
-        if node is None:
-            phase = self._phase(frames)
-            self._origins.setdefault(torch.autograd._get_sequence_nr() - 1, _Origin(module, lines))
-        else:
-            phase = BACKWARD
-            origin = self._origins.get(node._sequence_nr())
-            if origin is not None:
-                module = origin.module
-                lines = lines if _function(frames) else origin.lines + lines
-        return Operation(
+    def note(self, name: str, given: Any, result: Any, moved: Traffic, cost: Cost) -> None:
+        """Write down a call that was made just now."""
+        phase, module, function, lines = self._asked_by()
+        entry = Operation(
             number=len(self.operations),
             phase=phase,
             module=module,
-            function=_function(frames),
+            function=function,
             lines=lines,
-            name=str(operation),
-            inputs=_kinds([*arguments, *named.values()]),
+            name=name,
+            inputs=_kinds(given),
             outputs=_kinds(result),
-            flops=flops(operation, arguments),
-            bytes_read=read,
-            bytes_written=written,
-            seconds=seconds,
+            **cost._asdict(),
         )
+        flow = Flow(*(tuple(map(self.memory, tensors)) for tensors in moved))
+        self.operations.append(entry)
+        self.flows.append(flow)
+        self._filled.update(dict.fromkeys((*flow.overwrites, *flow.makes), entry))
+
+    def _asked_by(self) -> tuple[str, str, str, tuple[Line, ...]]:
+        """Phase, module, autograd function of ours and lines that ask for the present call."""
+        frames = list(_frames())
+        lines = tuple(line for frame in frames if (line := _line(frame)) is not None)
+        function = _function(frames)
+        node = torch._C._current_autograd_node()
+        if node is None:
+            module = self._inside[-1] if self._inside else ""
+            self._origins.setdefault(torch.autograd._get_sequence_nr() - 1, _Origin(module, lines))
+            return self._phase(frames), module, function, lines
+        origin = self._origins.get(node._sequence_nr())
+        if origin is None:  # it adds up the gradient of a parameter
+            return BACKWARD, self._owners.get(getattr(node, "variable", None), ""), "", lines
+        return BACKWARD, origin.module, function, lines if function else origin.lines + lines
 
     def _phase(self, frames: list[FrameType]) -> str:
         """The phase of an operation outside of backward."""
         if self._inside:
             model = self._inside[0].split(".")[0]
             return {"teacher": TEACHER, "student": STUDENT}.get(model, FORWARD)
-        return UPDATE if any(frame.f_code.co_name in UPDATES for frame in frames) else LOSSES
+        began = bool(self.operations) and self.operations[-1].phase == UPDATE
+        is_update = began or any(frame.f_code.co_name in UPDATES for frame in frames)
+        return UPDATE if is_update else LOSSES
 
     def _note_saved(self, tensor: Tensor) -> Tensor:
-        """Autograd keeps this tensor for backward: said once of each tensor's memory."""
-        made_by = self._made.get(key := tensor.untyped_storage()._cdata)
-        if made_by is not None and (key, made_by.number) not in self._saved:
-            self._saved.add((key, made_by.number))
-            made_by.saved_bytes += size_in_bytes(tensor)
+        """Autograd keeps this tensor's memory for backward; the whole, also where it is a view."""
+        memory = self.memory(tensor)
+        if memory in self._filled and memory not in self._saved:
+            self._saved.add(memory)
+            self._filled[memory].saved_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
     @contextmanager

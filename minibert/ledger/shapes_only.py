@@ -25,8 +25,13 @@ class ShapesOnly(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, arguments=(), named=None):
         named = named or {}
+        if operation.namespace == "prim":  # a question about a fake tensor: its device, its layout
+            with self._fake:
+                return operation(*arguments, **named)
         if operation is aten._local_scalar_dense.default and _is_fake(arguments[0]):
             return 0  # whoever asks for a number that nobody computed gets 0, or False
+        if operation is aten.index.Tensor:  # of truth values: how many are True is known
+            arguments = (arguments[0], _as_positions(arguments[1]))
         if tree_any(_is_fake, (arguments, named)):
             arguments, named = tree_map(self._faked, (tuple(arguments), dict(named)))
             with self._fake:
@@ -49,6 +54,15 @@ class ShapesOnly(TorchDispatchMode):
 
 def _is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
+
+
+def _as_positions(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Truth values among the indices become positions, one tensor for each dimension of theirs."""
+    positions: list[Tensor | None] = []
+    for index in indices:
+        is_truth = index is not None and index.dtype == torch.bool and not _is_fake(index)
+        positions += index.nonzero(as_tuple=True) if is_truth else [index]
+    return positions
 
 
 def _makes_floats(operation: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:

@@ -59,12 +59,26 @@ def record_step(
         guide = teacher if run.follows_teacher else None
         if guide is not None and run.dtype == "bfloat16":
             guide = _rounded(teacher)
-        beginning = batch._replace(micro_batches=batch.micro_batches[:1])
-        train.update(student, guide, optimizer, beginning, 0, run)  # it sets up the optimiser
+        if shapes_only:
+            _set_up(optimizer)
+        else:  # which also warms up what is timed
+            beginning = batch._replace(micro_batches=batch.micro_batches[:1])
+            train.update(student, guide, optimizer, beginning, 0, run)
         models = {"student": student} | ({"teacher": guide} if guide is not None else {})
         record = stack.enter_context(ledger(models, timed=not shapes_only).recorded())
-        train.update(student, guide, optimizer, batch, 1, run)
+        figures = train.update(student, guide, optimizer, batch, 1, run)
+        moments = (value for state in optimizer.state.values() for value in state.values())
+        record.note_results([figures, *student.parameters(), *moments])
     return record
+
+
+def _set_up(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimiser make its moments, as its first step does."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # at rate 0
+    optimizer.zero_grad(set_to_none=True)
 
 
 def record_forward(
@@ -82,7 +96,9 @@ def record_forward(
         stack.enter_context(torch.inference_mode())
         recorded = ledger({"model": bert}, timed=not shapes_only).recorded()
         record = stack.enter_context(recorded)
-        bert(batch.input_ids, batch.attention_mask, None, batch.masked_positions, **settings)
+        inputs = (batch.input_ids, batch.attention_mask, None, batch.masked_positions)
+        output = bert(*inputs, **settings)
+        record.note_results([output.embedding_output, *output.hidden_states, output.head_output])
     return record
 
 
