@@ -1,0 +1,1 @@
+"""The ledger of a training step: each operation, what asked for it, what it costs."""

@@ -1,0 +1,119 @@
+"""Every operation of a step was asked for by a line of `minibert/` or `train.py`, in backward too;
+and the ledger names that line, its module and its phase.
+"""
+
+import dataclasses
+
+import pytest
+from ledger_toys import EVERY_RECIPE, asked_in, ledger_of, run_of, source, toy_ledger
+from ledger_toys import WatchfulLedger as Watchful
+
+import train
+from minibert.ledger.record import BACKWARD, LOSSES, PHASES, STUDENT, TEACHER, UPDATE
+
+BACKWARD_CALL = "(loss * world_size()).backward()"
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_all_is_asked_for_by_lines_of_ours(recipe, ops):
+    ledger = toy_ledger(recipe, ops)
+    for operation, strangers in zip(ledger.operations, ledger.strangers, strict=True):
+        assert strangers == set(), operation
+        assert operation.lines
+        for file, _ in operation.lines:
+            assert file == "train.py" or file.startswith("minibert/")
+            assert not file.startswith("minibert/ledger/")
+
+
+def test_a_line_that_is_not_ours_is_found(monkeypatch):
+    loss_terms = train.loss_terms
+
+    def from_elsewhere(*arguments):
+        terms = loss_terms(*arguments)
+        return terms._replace(hidden_loss=terms.hidden_loss * 1.0)
+
+    monkeypatch.setattr(train, "loss_terms", from_elsewhere)
+    ledger = ledger_of(run_of("compactbiobert"), kind=Watchful)
+    found = [(o.name, o.phase) for o, s in zip(ledger.operations, ledger.strangers) if s]  # noqa: B905
+    assert found == 3 * [("aten.mul.Tensor", LOSSES)]
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_backward_leads_back_to_the_forward_line(recipe, ops):
+    """But for the root of the graph and its leaves: adding up a parameter's gradient."""
+    for operation in toy_ledger(recipe, ops).operations:
+        if operation.phase != BACKWARD:
+            continue
+        assert asked_in(operation, BACKWARD_CALL)
+        if all(BACKWARD_CALL in source(line) for line in operation.lines):
+            of_root = operation.name == "aten.mul.Tensor" and operation.outputs[0][0] == ()
+            of_leaf = operation.name in ("aten.add_.Tensor", "aten.detach.default")
+            assert of_root or (of_leaf and operation.module.startswith("student."))
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_each_weight_has_its_products_in_its_module(recipe, ops):
+    """Told by shapes: in a module with a matrix (out, in), forward multiplies by its transpose, and
+    backward makes a gradient of its shape and one of its input, by the line that multiplied.
+    """
+    run, ledger = run_of(recipe, ops=ops), toy_ledger(recipe, ops)
+    weights = {
+        name: tuple(module.weight.shape)
+        for module, name in ledger._names.items()
+        if name.startswith("student.") and type(module).__name__ == "Linear"
+    }
+    assert len(weights) >= 2 * 6 + 1
+    levels = len(run.recipe.student and run.recipe.hidden_pairs((1, 3)))  # uses of the projection
+    for name, (rows, columns) in weights.items():
+        times = 3 * (levels if name.endswith("projection") else 1)  # micro-batches
+        here = [o for o in ledger.operations if o.module == name and o.flops]
+        forward = [o for o in here if o.phase == STUDENT]
+        backward = [o for o in here if o.phase == BACKWARD]
+        assert [o.inputs[-1][0] for o in forward] == times * [(columns, rows)]
+        made = [o.outputs[0][0] for o in backward]
+        assert sum(shape == (rows, columns) for shape in made) == times
+        assert sum(shape != (rows, columns) for shape in made) == times
+        for operation in here:
+            assert source(operation.line).startswith("return F.linear(values, self.weight")
+
+
+def test_phases_come_in_their_order():
+    """Teacher after student, three micro-batches one after another, one update at the end."""
+    phases = [operation.phase for operation in toy_ledger("compactbiobert").operations]
+    order = [p for i, p in enumerate(phases) if i == 0 or phases[i - 1] != p]
+    once = [STUDENT, TEACHER, LOSSES, BACKWARD, LOSSES]  # the figures for the log
+    assert order == [*once, *once, *once, UPDATE]
+    assert set(order) < set(PHASES)
+
+
+def test_autograd_functions_of_ours_are_named():
+    """In forward and in backward; with the lines of their own."""
+    places = {
+        "_Attention": "minibert/ops/fused.py",
+        "_AttentionMapLoss": "minibert/ops/fused.py",
+        "_Dropout": "minibert/ops/fused.py",
+        "_HiddenStateLoss": "minibert/ops/fused.py",
+        "_VocabularyLoss": "minibert/ops/vocabulary.py",
+    }
+    operations = toy_ledger("compactbiobert").operations
+    for name, file in places.items():
+        within = [o for o in operations if o.function == name]
+        assert {o.line[0] for o in within} <= {file, "minibert/ops/tiles.py"}
+        assert all(any(line[0] == file for line in o.lines) for o in within)
+        assert {o.phase for o in within} >= {BACKWARD}, name
+        modules = {o.module for o in within if o.phase == BACKWARD}
+        assert modules == {o.module for o in within if o.phase != BACKWARD}
+    assert not any(o.function for o in toy_ledger("compactbiobert", "plain").operations)
+
+
+def test_a_saved_memory_is_of_its_step():
+    """What one micro-batch left behind is not taken for what stands at its address later."""
+    ledger = toy_ledger("compactbiobert")
+    made = [memory for flow in ledger.flows for memory in flow.makes]
+    assert len(made) == len(set(made))
+    numbers = [o.number for o in ledger.operations]
+    assert numbers == list(range(len(numbers)))
+    assert all(dataclasses.astuple(o)[0] == o.number for o in ledger.operations)
