@@ -18,7 +18,6 @@ IN_VAIN = {
     ("aten.nonzero.default", "mask.nonzero()"): "its shape is used, the number of real tokens",
     ("aten.mul.Tensor", "(loss * world_size()).backward()"): "only its gradient is used",
     ("aten.zeros.default", "_VocabularyLoss.apply("): "autograd's, for outputs without gradient",
-    ("aten._to_copy.default", "zeros_like(precise(head))"): "its shape and dtype are used",
 }
 READ_BY_PYTHON = "aten._local_scalar_dense.default"
 

@@ -52,6 +52,8 @@ def test_every_flag_exists():
     known |= {"--print-recipe"}  # of train.py, and no setting of a run
     known |= {"--top"}  # of minibert.fill_mask
     known |= {"--seeds"}  # of minibert.finetune
+    known |= {"--meta", "--html", "--precision", "--forward"}  # of minibert.audit
+    known |= {"--batch", "--length", "--by"}
     known |= {"--nnodes", "--nproc-per-node", "--max-restarts"}  # of torchrun
     known |= {"--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     known |= {
@@ -83,6 +85,7 @@ def test_the_flags_of_train_are_frozen():
         "convert_weights.py",
         "-m minibert.prepare",
         "-m minibert.download",
+        "-m minibert.audit",
         "-m minibert.evaluate",
         "-m minibert.fill_mask",
         "-m minibert.finetune",
@@ -174,6 +177,19 @@ def test_the_two_ways_to_use_a_model_run(workplace):
     (example,) = [block for block in blocks if "minibert.load" in block]
     done = run(["python", "-c", example], workplace)
     assert done.stdout.startswith("[[[Guess(token="), done.stderr
+
+
+def test_the_commands_for_the_audit_run(workplace):
+    (workplace / "models").mkdir()
+    (workplace / "ours").rename(workplace / "models" / "biobert")
+    (block,) = [block for block in BLOCKS if "minibert.audit" in block]
+    for line in block.splitlines():
+        command = shlex.split(line, comments=True)
+        if "--model" not in command:  # what must be small here
+            command += ["--model", "models/biobert"]
+        done = run(command, workplace)
+        assert done.returncode == 0, (command, done.stderr)
+    assert "<html" in (workplace / "audit.html").read_text()[:200]
 
 
 def test_the_commands_for_tasks_run(workplace):

@@ -14,6 +14,7 @@ import train
 from minibert.config import BertConfig
 from minibert.data.batches import MASKED_SHARE, GlobalBatch, MicroBatch
 from minibert.errors import InputError
+from minibert.folder import CONFIG
 from minibert.hugging_face import load_either
 from minibert.ledger.record import Ledger
 from minibert.ledger.shapes_only import ShapesOnly
@@ -47,7 +48,7 @@ def record_step(
         else:
             set_up_device("cpu")
         torch.manual_seed(run.seed)
-        student, teacher = _model(model), None
+        student, teacher = _model(model, shapes_only), None
         if run.recipe.needs_teacher:
             teacher = student.requires_grad_(False).eval()
             depth = teacher.config.num_hidden_layers
@@ -89,7 +90,7 @@ def record_forward(
         if shapes_only:
             stack.enter_context(ShapesOnly())
         torch.manual_seed(run.seed)
-        bert = _model(model).eval()
+        bert = _model(model, shapes_only).eval()
         (batch,) = random_batch(bert.config, run).micro_batches
         half = torch.bfloat16 if run.dtype == "bfloat16" else None
         settings = {"dtype": half, "ops": {"fused": train.fused, "plain": train.plain}[run.ops]}
@@ -102,10 +103,12 @@ def record_forward(
     return record
 
 
-def _model(source: Path | None) -> BertForMaskedLM:
-    """BioBERT's sizes, those of a config.json, or the model of a folder."""
+def _model(source: Path | None, shapes_only: bool) -> BertForMaskedLM:
+    """BioBERT's sizes, those of a config.json, or the model of a folder (or its sizes alone)."""
     if source is None:
         return BertForMaskedLM(BIOBERT)
+    if shapes_only and source.is_dir():
+        source = source / CONFIG
     if not source.is_dir():
         return BertForMaskedLM(BertConfig.read(source))
     model, _ = load_either(source)

@@ -64,7 +64,7 @@ class _VocabularyLoss(Function):
         kernels = kernels_for(head)
         vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
         columns = list(tiles(*decoder.shape, at_once(decoder, DECODER_AT_ONCE)))
-        d_head = torch.zeros_like(precise(head))
+        d_head = torch.zeros_like(head, dtype=precise_dtype(head))
         d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
         if head.is_cuda:  # rounded once; a CPU rounds a part at a time
             decoder = decoder.to(head.dtype)
