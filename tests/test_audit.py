@@ -189,6 +189,10 @@ def test_the_tables_add_up(command, ledger, monkeypatch):
                 if total["flops"]:
                     assert float(rows[phase][1]) == pytest.approx(total["flops"] / 1e6, abs=6e-4)
     assert all(len(line) <= 120 for line in printed.splitlines()[1:])
+    shown = rows_of(printed, "line")
+    left_out = len(found["totals"]["lines"]) - audit.LINES_SHOWN
+    assert len(shown) == audit.LINES_SHOWN + 2
+    assert f"and {left_out} more" in printed
     monkeypatch.setenv("COLUMNS", "100")
     _, printed, _ = command("--by", "line")
     assert max(map(len, printed.splitlines()[1:])) == 100

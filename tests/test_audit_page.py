@@ -242,11 +242,11 @@ def test_highlighting_changes_no_letter(path):
 
 
 def test_highlighting():
-    source = 'def f(x):\n    """Say < or >."""\n    return "a & b"  # & more\n'
+    source = 'def f(x):\n    """Say < or >."""\n    return x < "&"  # & on\n'
     assert highlighted(source) == [
         '<i class="k">def</i> f(x):',
         '    <i class="c">"""Say &lt; or &gt;."""</i>',
-        '    <i class="k">return</i> <i class="s">"a &amp; b"</i>  <i class="c"># &amp; more</i>',
+        '    <i class="k">return</i> x &lt; <i class="s">"&amp;"</i>  <i class="c"># &amp; on</i>',
     ]
 
 
