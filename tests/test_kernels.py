@@ -50,6 +50,7 @@ GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-3, torch.float16
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this very process")
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
