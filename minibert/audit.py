@@ -29,6 +29,7 @@ import math
 import platform
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from minibert.progress import ProgressLine
 from minibert.run_config import RunConfig
 from minibert.training.device import out_of_memory_is_told
 
+LARGEST_STEP = 1 << 24  # tokens; BERT was trained with 128,000 an update
 LINES_SHOWN, MODULES_SHOWN, WORST_SHOWN = 15, 12, 10
 
 
@@ -62,8 +64,13 @@ class _CountedAloud(Ledger):
             self._progress.show(f"recording: {last.number + 1:,} operations, {last.phase}")
         return super().run(operation, arguments, named)
 
-    def clear(self) -> None:
-        self._progress.clear()
+    @contextmanager
+    def recorded(self) -> Iterator[Ledger]:
+        try:
+            with super().recorded():
+                yield self
+        finally:
+            self._progress.clear()
 
 
 class _CountedPrecision(_CountedAloud, PrecisionLedger):
@@ -80,11 +87,8 @@ def record(flags: Namespace) -> Ledger:
     advice = "--meta needs none for the tensors, a smaller --batch or --length less"
     with out_of_memory_is_told(advice):
         if flags.forward:
-            ledger = record_forward(flags.model, run_of(flags), flags.meta, kind)
-        else:
-            ledger = record_step(run_of(flags), flags.model, flags.meta, kind)
-    ledger.clear()
-    return ledger
+            return record_forward(flags.model, run_of(flags), flags.meta, kind)
+        return record_step(run_of(flags), flags.model, flags.meta, kind)
 
 
 def run_of(flags: Namespace) -> RunConfig:
@@ -229,6 +233,10 @@ def parse_flags() -> Namespace:
 
 def checked(flags: Namespace) -> Namespace:
     """With defaults filled in; refuses at once what would fail after minutes."""
+    if flags.batch * flags.length > LARGEST_STEP:
+        raise InputError(
+            f"--batch {flags.batch} --length {flags.length}: more than {LARGEST_STEP:,} tokens"
+        )
     if flags.meta and flags.precision:
         raise InputError("--precision compares numbers, and --meta has none: choose one of the two")
     if flags.forward and (flags.recipe or flags.micro_batch_tokens):

@@ -211,12 +211,14 @@ def summary(fetched: Sequence[RemoteFile], there: int, errors: Errors, seconds: 
     )
 
 
-def next_command(source: str, out: Path) -> str:
+def next_command(source: str, out: Path, update: bool) -> str:
     folder = shlex.quote(str(out))
     if source == "biobert":
         return f"python convert_weights.py {folder} models/biobert"
-    inputs = f"{folder}/pubmed*.xml.gz"
-    return f"python -m minibert.prepare {inputs} --tokenizer models/biobert --out data/pubmed"
+    inputs, corpus = f"{folder}/pubmed*.xml.gz", "data/pubmed"
+    if update:  # they revise and delete what stands in the baseline
+        inputs, corpus = f"BASELINE/pubmed*.xml.gz {inputs}", "data/all"
+    return f"python -m minibert.prepare {inputs} --tokenizer models/biobert --out {corpus}"
 
 
 def in_ranges(numbers: Sequence[int]) -> str:
@@ -295,7 +297,7 @@ def run(flags: Namespace, patience: Patience) -> None:
     print(summary(fetched, there, errors, time.monotonic() - begun))
     print(f"written to  {flags.out}")
     if not errors:
-        print(f"next        {next_command(flags.source, flags.out)}", flush=True)
+        print(f"next        {next_command(flags.source, flags.out, flags.update)}", flush=True)
         return
     print("next        the same command again, for the files that failed", flush=True)
     for name, error in sorted(errors.items()):

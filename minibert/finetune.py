@@ -188,7 +188,9 @@ def conclude(
     run: FineTuning, task: Task, tokenizer: Tokenizer, best_epoch: int, device: torch.device
 ) -> dict[str, Any]:
     """Let the best epoch's model predict devel and test, and write what it did and what it got."""
+    keep_best_model(run, best_epoch)
     if best_model(run, best_epoch).exists():  # or a run that was stopped below renamed it
+        shutil.rmtree(run.out / MODEL, ignore_errors=True)  # of an attempt before this one
         os.replace(best_model(run, best_epoch), run.out / MODEL)
     model = load_fine_tuned(run.out / MODEL).to(device)
     result = run.to_dict() | {"best_epoch": best_epoch}
@@ -214,6 +216,8 @@ def over_seeds(run: FineTuning, seeds: int) -> dict[str, Any]:
     """Runs that differ in their seed alone; mean and standard deviation of each figure."""
     if (run.out / CONFIG).exists():
         raise InputError(f"{run.out} holds a run of one seed; choose another --out")
+    if (run.out / SCORES).exists() and not run.resume:
+        raise InputError(f"{run.out} holds {SCORES}; --resume goes on with its runs")
     results = []
     for seed in range(run.seed, run.seed + seeds):
         print(f"seed {seed}", flush=True)

@@ -47,7 +47,7 @@ from minibert.progress import ProgressLine
 
 DEFAULTS = Settings()
 MANY_UNKNOWN = 0.02  # share of [UNK]; biomedical text with BioBERT's vocabulary has 0.0001
-MANY_REPLACED = 0.5  # share of documents; PubMed's update files replace a few of a hundred
+MANY_REPLACED = 0.5  # share of a file's documents; PubMed's update files replace a few of a hundred
 
 # Bytes of a corpus, at 2 a token, for each byte of input, as measured on PubMed with BERT's pieces
 # (of its citations a third are titles alone). Shards are 3 % larger.
@@ -135,6 +135,8 @@ def what_stands(
 
     Raises InputError where it is not what is asked for now.
     """
+    if not (out / META).is_file():
+        refuse_full(out)
     meta = read_json(out / META)
     asked = {
         "held_out_share": held_out,
@@ -230,11 +232,17 @@ def nothing_there(inputs: Sequence[Path], skipped: dict[Path, str], shards: list
     return f"{inputs[0]}{others}: no documents ({titles} titles without an abstract)"
 
 
+def mostly_replaced(part: dict[str, Any]) -> bool:
+    """Whether most documents of a file were replaced; of a .txt those are lines that came again."""
+    given = part["documents"] + part["replaced"] + part["deleted"]
+    is_text = (part["name"] or "").lower().removesuffix(".gz").endswith(".txt")
+    return part["replaced"] > MANY_REPLACED * given and not is_text
+
+
 def summary(meta: dict[str, Any], out: Path) -> str:
     """What was made, for people."""
     documents, tokens, totals = meta["documents"], meta["tokens"], meta["totals"]
     unknown = meta["unk_tokens"] / tokens
-    replaced = totals["replaced"] / (documents + totals["replaced"] + totals["deleted"])
     unknown_doubt = "; is this the tokenizer for this text?" if unknown > MANY_UNKNOWN else ""
     lines = [
         f"documents   {documents:,}, {meta['held_out_documents']:,} of them held out",
@@ -245,7 +253,8 @@ def summary(meta: dict[str, Any], out: Path) -> str:
         f"next        python train.py --data {out} --teacher TEACHER --out RUN",
     ]
     if totals["replaced"] or totals["deleted"]:
-        doubt = "; are the ids in the first column unique?" if replaced > MANY_REPLACED else ""
+        doubtful = next((part["name"] for part in meta["inputs"] if mostly_replaced(part)), None)
+        doubt = f"; most of {doubtful}: are its ids unique among all files?" if doubtful else ""
         lines.insert(
             2,
             f"replaced    {totals['replaced']:,} by later ones of the same id, "

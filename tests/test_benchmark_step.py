@@ -98,6 +98,7 @@ def test_useful_flops_are_those_of_models_without_padding():
     assert useful_flops(STILL, len(layers), lengths, 6) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_all_variants_take_their_turns(monkeypatch, capfd):
     monkeypatch.setattr(step, "BIOBERT", STILL)
     names = ["authors bfloat16", "ours bfloat16"]

@@ -335,6 +335,7 @@ def shared_evaluation(run: RunConfig, data: Path, documents: int) -> dict[str, f
     return evaluate(student, held_out[rank() :: world_size()], teacher, summed)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_shared(toy_world, still_run, tmp_path):
     """Also by more ranks than there are micro-batches, and where there is nothing held out."""
     corpus = Corpus.open(still_run.data)
@@ -364,6 +365,7 @@ def losses_of_one_batch(run: RunConfig) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_ranks_and_steps(still_run, toy_world, tmp_path):
     first, second = on_ranks(2, losses_of_one_batch, still_run, folder=tmp_path)
     assert first == second
@@ -372,6 +374,7 @@ def test_dropout_differs_between_ranks_and_steps(still_run, toy_world, tmp_path)
     assert len({first[0][1], first[1][1], second[0][1], second[1][1]}) == 4
 
 
+@pytest.mark.slow
 def test_two_ranks_repeat_themselves_and_go_on_bitwise(still_run, toy_world, tmp_path):
     """With dropout: weights, moments and log; also when stopped and resumed on the way."""
     run = dataclasses.replace(

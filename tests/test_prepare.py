@@ -210,7 +210,17 @@ def test_ids_that_are_no_ids_are_doubted(texts, monkeypatch, capsys, same, doubt
     assert run_here(monkeypatch, texts / "c.tsv", *where) == 0
     printed = capsys.readouterr().out
     assert f"replaced    {same} by later ones of the same id, 0 deleted" in printed
-    assert ("are the ids in the first column unique?" in printed) == doubted
+    doubt = "most of c.tsv: are its ids unique among all files?"
+    assert (doubt in printed) == doubted
+
+
+def test_files_that_count_anew_are_doubted(texts, monkeypatch, capsys):
+    """Two files numbered from 0: all of the first is replaced by the second."""
+    for name in ("c.tsv", "d.tsv"):
+        (texts / name).write_text("".join(f"{n}\tt\t{name} {n}\n" for n in range(9)))
+    where = ("--tokenizer", texts, "--out", texts / "out", "--held-out", "0")
+    assert run_here(monkeypatch, texts / "c.tsv", texts / "d.tsv", *where) == 0
+    assert "most of c.tsv: are its ids unique" in capsys.readouterr().out
 
 
 def test_progress_in_bytes_of_all_files(tmp_path):
@@ -363,3 +373,27 @@ def test_real_reactions(shared_data, tmp_path):
     figures = [meta[key] for key in ("documents", "tokens", "unk_tokens", "held_out_documents")]
     assert figures == [9_994, 914_857, 0, 521]
     assert (tmp_path / "corpus" / "tokenizer.json").is_file()
+
+
+def test_a_folder_that_is_not_ours_stays(texts, monkeypatch, capsys):
+    """Others have folders named so, too."""
+    theirs = texts / "out.shards"
+    theirs.mkdir()
+    (theirs / "precious.tar").write_text("months of work")
+    where = ("--tokenizer", texts, "--out", texts / "out")
+    assert run_here(monkeypatch, texts / "b.txt", *where) == 2
+    assert "out.shards: not made here; move it away" in capsys.readouterr().err
+    assert (theirs / "precious.tar").read_text() == "months of work"
+
+
+def test_shards_outlive_what_stands_in_their_way(texts, monkeypatch, capsys):
+    """A run that was stopped, and then something else in its place: shards are for later."""
+    (texts / "bad.tsv").write_text("one column\n")
+    where = ("--tokenizer", texts, "--out", texts / "out", "--workers", "1")
+    assert run_here(monkeypatch, texts / "b.txt", texts / "bad.tsv", *where) == 2
+    (texts / "out").mkdir()
+    (texts / "out" / "thesis.tex").touch()
+    capsys.readouterr()
+    assert run_here(monkeypatch, texts / "b.txt", *where) == 2
+    assert "out exists already; choose another folder" in capsys.readouterr().err
+    assert len(list((texts / "out.shards").glob("*/meta.json"))) == 1

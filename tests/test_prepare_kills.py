@@ -167,6 +167,7 @@ def test_killed_between_its_result_and_the_end(world, out):
 
     def left():
         (out.parent / "out.shards" / "0123456789abcdef").mkdir(parents=True)
+        (out.parent / "out.shards" / "lock").touch()
         return content(out)
 
     for changed in (inputs[:3], [*inputs[1:], inputs[0]], [*inputs, "--held-out", "0.1"]):

@@ -101,7 +101,8 @@ def make_shard(
     """
     reading = Reading()
     documents = read_documents(path, reading, **asdict(settings))  # refuses what is no file
-    made_from, version = origin(path, tokenizer, settings), _version(path)
+    version = _version(path)  # before it is hashed
+    made_from = origin(path, tokenizer, settings)
     finished = find_shard(folder)
     if finished and finished.meta.get("made_from") == made_from and path != STANDARD_INPUT:
         return
@@ -137,7 +138,8 @@ def _version(path: Path) -> tuple[int, int] | None:
     """What changes when a file is written to."""
     if path == STANDARD_INPUT:
         return None
-    status = path.stat()
+    with naming(path):
+        status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 

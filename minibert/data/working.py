@@ -21,12 +21,15 @@ LOCK = "lock"
 
 @contextmanager
 def working_folder(out: Path) -> Iterator[Path]:
-    """The working folder for `out`, locked; afterwards it is gone, unless it holds finished shards.
+    """The working folder for `out`, locked; afterwards it is gone, unless it holds finished shards
+    of a corpus that does not stand yet.
 
-    Raises InputError where another process works there, or where `out` has something in it. Only a
-    run that was killed at its very end leaves both `out` and the working folder.
+    Raises InputError where another process works there, where it is somebody else's, or where `out`
+    has something in it before there are any shards.
     """
     working = out.with_name(out.name + ".shards")
+    if working.exists() and any(working.iterdir()) and not (working / LOCK).is_file():
+        raise InputError(f"{working}: not made here; move it away, or choose another --out")
     new = [folder for folder in (working, *working.parents) if not folder.exists()]
     try:
         working.mkdir(parents=True, exist_ok=True)
@@ -37,12 +40,13 @@ def working_folder(out: Path) -> Iterator[Path]:
                 shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
                 _remove_unfinished(working)
                 yield working
+                forget_shards(working)  # the corpus stands
             finally:
                 _remove_unfinished(working)
-                if is_full(out):
-                    forget_shards(working)
                 if not finished(working):
-                    shutil.rmtree(working)
+                    (working / LOCK).unlink()
+                    with suppress(OSError):  # what is not ours stays
+                        working.rmdir()
     except OSError:  # not even a lock could be written
         if working in new:
             (working / LOCK).unlink(missing_ok=True)
@@ -81,6 +85,8 @@ def forget_shards(working: Path) -> None:
 
 
 def _remove_unfinished(working: Path) -> None:
-    """What a killed worker was at."""
-    for folder in (*working.glob("*.partial"), *working.glob("*.replaced")):
-        shutil.rmtree(folder, ignore_errors=True)
+    """What a killed worker was at, and shards that were half removed."""
+    for name in ("[0-9a-f]" * 16, "*.partial", "*.replaced"):
+        for folder in working.glob(name):
+            if folder.suffix or not (folder / META).is_file():
+                shutil.rmtree(folder, ignore_errors=True)

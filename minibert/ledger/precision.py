@@ -58,7 +58,7 @@ class PrecisionLedger(Ledger):
         if found:
             try:
                 exact_result = operation(*exact_inputs[0], **exact_inputs[1])
-            except (RuntimeError, NotImplementedError):  # there is none for float64
+            except RuntimeError:  # there is none for float64
                 return result
             exact = list(_outputs(operation, *exact_inputs, exact_result))
             self.errors[len(self.operations)] = _error(found, exact)

@@ -41,6 +41,7 @@ def out_of_memory_is_told(advice: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own for GPUs is a RuntimeError
         told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # CPU, CUDA, cuBLAS
+        told += ("could not create a primitive",)  # oneDNN
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in told):
             raise
         raise InputError(f"out of memory; {advice}") from None
