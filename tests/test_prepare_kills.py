@@ -140,10 +140,14 @@ def assert_survives_ten_kills(inputs: list[Path], out: Path, whole: dict[str, by
     """At random moments of one run after the other; one that comes to its end begins anew."""
     draw = random.Random(len(flags))
     begin, seconds, kills = time.monotonic(), 60.0, 0
-    while kills < 10:
+
+    def begin_anew_if_it_stands():
         if out.exists() and not out.with_name("out.shards").exists():  # killed behind its end
             assert content(out) == whole
             shutil.rmtree(out)
+
+    while kills < 10:
+        begin_anew_if_it_stands()
         process = started(inputs, out, *flags)
         try:
             process.communicate(timeout=draw.uniform(0.2, seconds))
@@ -155,6 +159,7 @@ def assert_survives_ten_kills(inputs: list[Path], out: Path, whole: dict[str, by
             assert (process.returncode, content(out)) == (0, whole)
             seconds = min(seconds, time.monotonic() - begin)  # of the first: undisturbed
             shutil.rmtree(out)
+    begin_anew_if_it_stands()
     assert run(inputs, out, *flags).returncode == 0
     assert content(out) == whole
     assert {path.name for path in out.parent.iterdir()} == {"vocab.txt", "out"}
