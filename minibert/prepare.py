@@ -23,9 +23,9 @@ from minibert.data.corpus import META
 from minibert.data.merge import check_room, merge
 from minibert.data.pubmed import FORMATS, read_documents
 from minibert.data.reading import STANDARD_INPUT
-from minibert.data.shards import Settings, Shard, dtype_for, find_shard
+from minibert.data.shards import Settings, Shard, dtype_for, find_shard, made_with
 from minibert.data.tokenizer import Tokenizer, load_tokenizer
-from minibert.data.workers import Progress, Task, num_cores, shards_made
+from minibert.data.workers import Progress, Task, estimated_bytes, num_cores, shards_made
 from minibert.data.working import (
     forget_shards,
     is_full,
@@ -48,10 +48,6 @@ from minibert.progress import ProgressLine
 DEFAULTS = Settings()
 MANY_UNKNOWN = 0.02  # share of [UNK]; biomedical text with BioBERT's vocabulary has 0.0001
 MANY_REPLACED = 0.5  # share of a file's documents; PubMed's update files replace a few of a hundred
-
-# Bytes of a corpus, at 2 a token, for each byte of input, as measured on PubMed with BERT's pieces
-# (of its citations a third are titles alone). Shards are 3 % larger.
-CORPUS_BYTES = {".xml.gz": 0.37, ".xml": 0.064, ".gz": 1.4, "": 0.48}
 
 
 def prepare(
@@ -84,8 +80,9 @@ def prepare(
         if is_full(out):
             return what_stands(out, inputs, tokenizer, held_out, settings)
         tasks = [Task(path, shard_folder(working, path)) for path in inputs]
-        with telling_what_is_done(tasks):
-            needed = estimated_bytes(tasks) * dtype_for(tokenizer).itemsize // 2
+        way = made_with(tokenizer, settings)
+        with telling_what_is_done(tasks, way):
+            needed = estimated_bytes(tasks, way) * dtype_for(tokenizer).itemsize // 2
             check_room(working, needed, f"{out} and what it is made from")
             skipped = make_shards(
                 tasks, tokenizer, settings, workers, skip_bad_files, show_progress
@@ -153,45 +150,30 @@ def what_stands(
     return meta
 
 
-def estimated_bytes(tasks: Sequence[Task]) -> int:
-    """How much is still to be written: shards that are not there, and the corpus; 2 bytes a token.
-
-    Of standard input nobody knows.
-    """
-    estimate = 0.0
-    for path, folder in tasks:
-        if path.is_file():
-            suffix = next(end for end in CORPUS_BYTES if path.name.lower().endswith(end))
-            size = path.stat().st_size * CORPUS_BYTES[suffix]
-            estimate += size if find_shard(folder) else 2 * size
-    return int(estimate)
-
-
 # ---- While it goes on ----------------------------------------------------------------------------
 
 
 @contextmanager
-def telling_what_is_done(tasks: Sequence[Task]) -> Iterator[None]:
+def telling_what_is_done(tasks: Sequence[Task], way: dict[str, Any]) -> Iterator[None]:
     """Who is stopped in here is told what need not be done again."""
     try:
         yield
     except (InputError, OSError) as error:
-        done = what_is_done(tasks) if num_done(tasks) else ""
+        done = what_is_done(tasks, way) if num_done(tasks, way) else ""
         raise InputError(in_one_line(error) + done) from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted{what_is_done(tasks)}") from None
+        raise KeyboardInterrupt(f"interrupted{what_is_done(tasks, way)}") from None
 
 
-def what_is_done(tasks: Sequence[Task]) -> str:
+def what_is_done(tasks: Sequence[Task], way: dict[str, Any]) -> str:
     """Of a run that has come to its end too early."""
-    return (
-        f"; {num_done(tasks)} of {len(tasks)} files are done, the same command goes on from there"
-    )
+    done = f"{num_done(tasks, way)} of {len(tasks)} files are done"
+    return f"; {done}, the same command goes on from there"
 
 
-def num_done(tasks: Sequence[Task]) -> int:
-    """How many files have a finished shard."""
-    return sum(find_shard(task.folder) is not None for task in tasks)
+def num_done(tasks: Sequence[Task], way: dict[str, Any]) -> int:
+    """How many files have a finished shard that can be used; standard input is read anew."""
+    return sum(path != STANDARD_INPUT and bool(find_shard(folder, way)) for path, folder in tasks)
 
 
 def make_shards(

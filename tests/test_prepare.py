@@ -397,3 +397,16 @@ def test_shards_outlive_what_stands_in_their_way(texts, monkeypatch, capsys):
     assert run_here(monkeypatch, texts / "b.txt", *where) == 2
     assert "out exists already; choose another folder" in capsys.readouterr().err
     assert len(list((texts / "out.shards").glob("*/meta.json"))) == 1
+
+
+def test_shards_made_otherwise_are_not_counted_as_done(texts, monkeypatch, capsys):
+    """A run that was stopped, and then other settings: of those nothing is done yet."""
+    (texts / "bad.tsv").write_text("one column\n")
+    where = ("--tokenizer", texts, "--out", texts / "out", "--workers", "1")
+    assert run_here(monkeypatch, texts / "b.txt", texts / "bad.tsv", *where) == 2
+    assert "1 of 2 files are done" in capsys.readouterr().err
+    assert (
+        run_here(monkeypatch, texts / "bad.tsv", texts / "b.txt", *where, "--title-only", "yes")
+        == 2
+    )
+    assert "files are done" not in capsys.readouterr().err

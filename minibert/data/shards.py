@@ -128,6 +128,13 @@ def origin(path: Path, tokenizer: Tokenizer, settings: Settings) -> dict[str, An
         "name": path.name,
         "bytes": None if path == STANDARD_INPUT else path.stat().st_size,
         "sha256": digest,
+        **made_with(tokenizer, settings),
+    }
+
+
+def made_with(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """The part of it that all files share."""
+    return {
         "tokenizer_sha256": sha256_of_files(tokenizer.source),
         "tokenizers_version": tokenizers.__version__,
         **asdict(settings),
@@ -143,13 +150,17 @@ def _version(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def find_shard(folder: Path) -> Shard | None:
-    """The shard in `folder`, if there is one and its files are as long as they should be."""
+def find_shard(folder: Path, way: dict[str, Any] | None = None) -> Shard | None:
+    """The shard in `folder`, if there is one, its files are as long as they should be and it was
+    made in that `way` (`made_with`; None: in any).
+    """
     if not (folder / META).is_file():
         return None
     shard = Shard(folder, read_json(folder / META))
     sizes = {name: (folder / name).stat().st_size for name in COLUMNS if (folder / name).exists()}
-    return shard if shard.meta.get("sizes") == sizes else None
+    made_from = shard.meta.get("made_from", {})
+    is_asked_for = way is None or way.items() <= made_from.items()
+    return shard if is_asked_for and shard.meta.get("sizes") == sizes else None
 
 
 def append(
