@@ -25,7 +25,7 @@ from minibert.run_config import RunConfig
 from minibert.training.checkpoint import checkpoints
 from minibert.training.distributed import rank, summed, world_size
 from minibert.training.optimizer import build_optimizer
-from minibert.training.runlog import read_metrics
+from minibert.training.runlog import TIMES, read_metrics
 
 WHOLE, CUT = 10_000, 45  # tokens of a micro-batch: all at once, or two or three sequences
 
@@ -289,7 +289,7 @@ def evaluations(run: RunConfig) -> list[list[float]]:
 
 def figures(line: dict[str, Any]) -> list[float]:
     """All but how fast it went."""
-    values = [value for name, value in line.items() if name != "tokens_per_second"]
+    values = [value for name, value in line.items() if name not in TIMES]
     return [x for value in values for x in (value if isinstance(value, list) else [value])]
 
 

@@ -33,7 +33,9 @@ def test_durations_read_like_a_clock():
     assert [duration(seconds) for seconds in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
 
 
-@pytest.mark.parametrize("line", ["", "[1]", '{"loss": 1}', '{"step": "one"}', "{"])
+@pytest.mark.parametrize(
+    "line", ["", "[1]", '{"loss": 1}', '{"step": "one"}', '{"step": 1, "seconds": "s"}', "{"]
+)
 def test_a_line_that_is_none_is_refused_by_number(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + line + "\n")
@@ -42,7 +44,10 @@ def test_a_line_that_is_none_is_refused_by_number(tmp_path, line):
 
 
 def test_throughput_counts_updates_alone(tmp_path, monkeypatch):
-    """Two updates of 3 s each; 50 s of evaluating between them do not count."""
+    """Two updates of 3 s each; 50 s of evaluating between them do not count.
+
+    Nor does the time between a run's end and its next start: the seconds go on from its last line.
+    """
     clock = iter([0.0, 3.0, 53.0, 56.0])
     monkeypatch.setattr("minibert.training.runlog.time.perf_counter", lambda: next(clock))
     log = RunLog(tmp_path, first_step=0, steps=2)
@@ -52,7 +57,13 @@ def test_throughput_counts_updates_alone(tmp_path, monkeypatch):
     log.update(2, {"loss": 1.0, "grad_norm": 1.0}, learning_rate=0.1, skipped=0)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["tokens_per_second"] == 200
+    assert line["seconds"] == 6
     assert "skipped_updates" not in line
+
+    clock = iter([1000.0, 1004.0])
+    log = RunLog(tmp_path, first_step=2, steps=3)
+    log.update(3, {"loss": 1.0, "grad_norm": 1.0}, learning_rate=0.1, skipped=0)
+    assert [line["seconds"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [6, 10]
 
 
 def test_a_step_that_stands_there_is_not_evaluated_again(tmp_path):

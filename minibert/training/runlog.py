@@ -16,6 +16,7 @@ from minibert.training.distributed import from_rank_0, rank
 
 METRICS = "metrics.jsonl"
 HELD_OUT_LOSS = "held_out_mlm_loss"  # every line about an evaluation has it
+TIMES = ("tokens_per_second", "seconds")  # what of a line differs from run to run
 
 
 class RunLog:
@@ -32,16 +33,20 @@ class RunLog:
         self.line = ProgressLine()
         self.tokens = 0  # learnt from since the last line about an update
         self.seconds_in_all = 0.0  # of updates, in this process
-        self.evaluated = from_rank_0(self._cut)  # the steps that were
+        self.evaluated, self.seconds_before = from_rank_0(self._cut)
         self.clock = time.perf_counter()
 
-    def _cut(self) -> set[int]:
-        """Drop the lines after the first step; returns the steps that have been evaluated."""
+    def _cut(self) -> tuple[set[int], float]:
+        """Drop the lines after the first step.
+
+        Returns the steps that have been evaluated, and the seconds that the updates before took.
+        """
         lines = read_metrics(self.path)
         kept = [line for line in lines if 0 < self.first_step >= line["step"]]
         with atomic_file(self.path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return {line["step"] for line in kept if HELD_OUT_LOSS in line}
+        evaluated = {line["step"] for line in kept if HELD_OUT_LOSS in line}
+        return evaluated, max((line.get("seconds", 0.0) for line in kept), default=0.0)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -59,8 +64,9 @@ class RunLog:
     ) -> None:
         """Add a line about the update that was just done, and show progress.
 
-        Throughput is that since the last such line; `skipped` counts the updates so far that were
-        passed over, and is written once there is one. What is not finite is written as null.
+        Throughput is that since the last such line; `seconds` are those of all updates so far,
+        those of earlier starts too (to the last line each wrote); `skipped` counts the updates so
+        far that were passed over, and is written once there is one. What is not finite is null.
         """
         now = time.perf_counter()
         self.seconds_in_all += now - self.clock
@@ -72,6 +78,7 @@ class RunLog:
             **figures,
             learning_rate=learning_rate,
             tokens_per_second=round(tokens_per_second, 1),
+            seconds=round(self.seconds_before + self.seconds_in_all, 3),
             **counts,
         )
         if not self.tells:
@@ -184,6 +191,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(parse_json(line))
             lines[-1]["step"] += 0
+            lines[-1].get("seconds", 0) + 0.0  # numbers, both
         except (ValueError, TypeError, LookupError):
             raise InputError(
                 f"{path}: line {number} is not of a run's log (the file may be moved away)"

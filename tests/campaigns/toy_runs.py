@@ -34,7 +34,7 @@ from minibert.errors import run_command  # noqa: E402
 from minibert.folder import save_model  # noqa: E402
 from minibert.model import BertForMaskedLM  # noqa: E402
 from minibert.training.checkpoint import checkpoints, step_of  # noqa: E402
-from minibert.training.runlog import read_metrics  # noqa: E402
+from minibert.training.runlog import TIMES, read_metrics  # noqa: E402
 
 EVAL_EVERY, KEEP = 7, 2
 PATIENCE = 300  # seconds, for what takes two on an idle machine
@@ -190,7 +190,7 @@ def rank_of(launcher: int) -> dict[int, int]:
 def logged(out: Path) -> list[dict]:
     """The lines of metrics.jsonl, without the throughput, which no two runs share."""
     lines = read_metrics(out / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def newest_whole(out: Path) -> int:
