@@ -25,6 +25,10 @@ except ImportError:  # Windows
     fcntl = None
 
 
+class InUse(InputError):
+    """Another process holds a lock."""
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError in here names `path` where the system names nothing (a full disk)."""
@@ -38,7 +42,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that is the file `path`; an InputError tells who else holds it.
+    """Hold the lock that is the file `path`; an `InUse` tells who else holds it.
 
     The system takes it back when the process ends, however that comes; children do not inherit it.
     Where there are no such locks (Windows, some network disks) nothing is locked.
@@ -51,7 +55,7 @@ def locked(path: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 holder = file.read(200).decode(errors="replace").strip() or "another process"
-                raise InputError(f"{path.parent}: in use by {holder}") from None
+                raise InUse(f"{path.parent}: in use by {holder}") from None
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
