@@ -1,0 +1,223 @@
+"""A small biomedical teacher of our own, its students, and what they are worth on tasks.
+
+    python benchmarks/biomedical.py --data data/pubmed --out runs/biomedical \\
+        --task ner NCBI-disease-IOB --task relation ChemProt
+
+No BioBERT is needed: everything begins at random and learns from the corpus. The stages:
+
+1. a shallow model of 4 layers learns to fill in masked words;
+2. its layers, three times on top of each other, begin a teacher of 12 layers, which learns on
+   (progressive stacking: Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML
+   2019; begun at random, 12 layers take several times as long to leave the word frequencies);
+3. students of 6 layers: by `compactbiobert`, by `distilbiobert`, by masked words alone for as many
+   updates; and two that learn nothing more: the copied layers, and 6 layers drawn at random;
+4. each is fine-tuned on each task, with each seed.
+
+What is done is passed over, what was stopped goes on: the same command again does what is left.
+Several such commands share the work. `--json FILE` gathers what is there.
+"""
+
+import dataclasses
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from machine import circumstances
+
+import train
+from minibert.config import BertConfig
+from minibert.data.corpus import Corpus
+from minibert.errors import ArgumentParser, run_command
+from minibert.files import InUse, locked, read_json, write_json
+from minibert.finetune import SCORES, FineTuning, fine_tune
+from minibert.flags import number
+from minibert.folder import load_model, save_model
+from minibert.model import BertForMaskedLM
+from minibert.run_config import RunConfig
+from minibert.student import student_from_teacher
+from minibert.tasks.scores import mean_and_deviation
+from minibert.training.runlog import HELD_OUT_LOSS, METRICS, read_metrics
+
+SCALES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "hidden_size": 256, "shallow_steps": 2000, "teacher_steps": 700, "student_steps": 300,
+        "batch_size": 128, "max_length": 64,
+    },
+    "gpu": {
+        "hidden_size": 384, "shallow_steps": 3000, "teacher_steps": 9000, "student_steps": 3000,
+        "batch_size": 192, "max_length": 256, "micro_batch_tokens": 49152,
+    },
+}  # fmt: skip
+SHALLOW_LAYERS, TIMES = 4, 3
+STUDENTS = {  # settings of `RunConfig`
+    "compactbiobert": {"recipe": "compactbiobert"},
+    "mlm": {
+        "recipe": "compactbiobert",
+        "hidden_weight": 0.0, "attention_weight": 0.0, "output_weight": 0.0,
+    },
+    "distilbiobert": {"recipe": "distilbiobert"},
+}  # fmt: skip
+PRETRAINED = ("teacher", *STUDENTS)
+MODELS = ("teacher", "compactbiobert", "mlm", "random", "copied", "distilbiobert")
+FINE_TUNING = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-4, "dtype": "bfloat16"}
+
+
+class Stage(NamedTuple):
+    """Something to be made: by `make`, from `source`, done when `result` is there."""
+
+    name: str
+    source: Path
+    result: Path
+    make: Callable[[], Any]
+
+
+def stages(flags: Any) -> Iterator[Stage]:
+    """All there is to make, in an order in which it can be."""
+    out, scale = flags.out, SCALES[flags.scale]
+    begin, shallow, stacked = out / "shallow.json", out / "shallow" / "model", out / "stacked"
+    teacher = folder_of("teacher", out)
+    common = {name: scale[name] for name in scale if name in RunConfig.__dataclass_fields__}
+    common |= {"data": flags.data, "dtype": "bfloat16", "eval_documents": 200, "resume": True}
+
+    def trained(name: str, **settings: Any) -> Callable[[], None]:
+        settings = common | {"out": out / name, "eval_every": settings["steps"] // 4} | settings
+        return lambda: train.train(RunConfig.from_flags(settings))
+
+    yield Stage("begin", flags.data, begin, lambda: write_json(begin, shape(flags).to_dict()))
+    steps = scale["shallow_steps"]
+    rate = {"learning_rate": 1e-3, "warmup_steps": steps * 15 // 100}
+    learn = trained("shallow", recipe="mlm", model=begin, steps=steps, **rate)
+    yield Stage("shallow", begin, shallow, learn)
+    yield Stage("stacked", shallow, stacked, lambda: save_stacked(shallow, stacked))
+    steps = scale["teacher_steps"]
+    rate = {"learning_rate": 7e-4, "warmup_steps": steps * 15 // 100}
+    learn = trained("teacher", recipe="mlm", model=stacked, steps=steps, **rate)
+    yield Stage("teacher", stacked, teacher, learn)
+    for name in ("random", "copied"):
+        folder = folder_of(name, out)
+        yield Stage(name, teacher, folder, lambda n=name, f=folder: save_untaught(n, teacher, f))
+    for name, settings in STUDENTS.items():
+        learn = trained(name, steps=scale["student_steps"], teacher=teacher, **settings)
+        yield Stage(name, teacher, folder_of(name, out), learn)
+    for seed in range(flags.seeds):
+        for kind, data in flags.task:
+            for name in MODELS:
+                yield fine_tuning(kind, Path(data), name, seed, out)
+
+
+def folder_of(name: str, out: Path) -> Path:
+    """Where the model of that name lies."""
+    if name in STUDENTS:
+        return out / name / "student"
+    return out / name / "model" if name == "teacher" else out / name
+
+
+def shape(flags: Any) -> BertConfig:
+    """The shallow model: heads of 64, dropout off, for it sees each text about once."""
+    H = SCALES[flags.scale]["hidden_size"]
+    return BertConfig(
+        vocab_size=Corpus.open(flags.data).tokenizer.vocab_size,
+        hidden_size=H,
+        num_hidden_layers=SHALLOW_LAYERS,
+        num_attention_heads=H // 64,
+        intermediate_size=4 * H,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def save_stacked(shallow: Path, folder: Path) -> None:
+    """A model whose layer i begins as the shallow one's layer i modulo its depth."""
+    below = load_model(shallow)
+    depth = below.config.num_hidden_layers
+    above = BertForMaskedLM(dataclasses.replace(below.config, num_hidden_layers=depth * TIMES))
+    above.embeddings.load_state_dict(below.embeddings.state_dict())
+    above.head.load_state_dict(below.head.state_dict())
+    for i, layer in enumerate(above.layers):
+        layer.load_state_dict(below.layers[i % depth].state_dict())
+    save_model(folder, above, tokenizer_from=shallow)
+
+
+def save_untaught(name: str, teacher: Path, folder: Path) -> None:
+    """A student that learns nothing more: copied layers, or layers drawn at random."""
+    student = student_from_teacher(load_model(teacher), (1, 3, 5, 7, 9, 11))
+    if name == "random":
+        torch.manual_seed(0)
+        student = BertForMaskedLM(student.config)
+    save_model(folder, student, tokenizer_from=teacher)
+
+
+def fine_tuning(kind: str, data: Path, name: str, seed: int, out: Path) -> Stage:
+    """One model on one task with one seed."""
+    model, folder = folder_of(name, out), out / "tasks" / data.name / name / f"seed_{seed}"
+    run = FineTuning(
+        kind, model=model, data=data, out=folder, seed=seed, resume=True, **FINE_TUNING
+    )
+    title = f"{data.name}: {name}, seed {seed}"
+    return Stage(title, model, folder / SCORES, lambda: fine_tune(run))
+
+
+def gathered(flags: Any) -> dict[str, Any]:
+    """Held-out figures of what was pre-trained, and scores of what was fine-tuned."""
+    figures, tasks = {}, {}
+    for name in ("shallow", *PRETRAINED):
+        lines = read_metrics(flags.out / name / METRICS)
+        evaluations = [line for line in lines if HELD_OUT_LOSS in line]
+        seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        if evaluations:
+            figures[name] = {"seconds": seconds, "curve": evaluations}
+    for _, data in flags.task:
+        task = tasks.setdefault(Path(data).name, {})
+        for name in MODELS:
+            paths = sorted(flags.out.glob(f"tasks/{Path(data).name}/{name}/seed_*/{SCORES}"))
+            if scores := [read_json(path) for path in paths]:
+                task[name] = summary(scores)
+    return {"pretraining": figures, "fine_tuning": FINE_TUNING, "tasks": tasks}
+
+
+def summary(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard deviation and single values of each figure on test, over the seeds."""
+    result: dict[str, Any] = {"seeds": [score["seed"] for score in scores]}
+    for figure in scores[0]["test"]:
+        values = [score["test"][figure] for score in scores]
+        mean, deviation = mean_and_deviation(values)
+        result[figure] = {"mean": mean, "standard_deviation": deviation, "values": values}
+    return result
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python benchmarks/biomedical.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="corpus folder with BioBERT's vocabulary")
+    add("--out", type=Path, required=True, help="folder for models and runs")
+    task = {"nargs": 2, "action": "append", "default": [], "metavar": ("KIND", "DIR")}
+    add("--task", **task, help="ner or relation, and the folder of its files; may be repeated")
+    add("--seeds", type=number(int, 1), default=5, help="of fine-tuning (default: 5)")
+    add("--scale", choices=SCALES, default="cpu", help="sizes and steps (default: cpu)")
+    add("--json", type=Path, help="write all results that are there to this file")
+    flags = parser.parse_args()
+    flags.out.mkdir(parents=True, exist_ok=True)
+    for stage in stages(flags):
+        if stage.result.exists() or not stage.source.exists():
+            continue
+        stage.result.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(flags.out / f"{stage.name.replace(': ', ' ')}.lock"):
+                if not stage.result.exists():
+                    print(stage.name, flush=True)
+                    stage.make()
+        except InUse:
+            continue
+    if flags.json:
+        told = circumstances("biomedical", torch.device("cpu")) | {"scale": flags.scale}
+        write_json(flags.json, told | gathered(flags))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
