@@ -30,7 +30,7 @@ from machine import circumstances, commit
 import train
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus
-from minibert.errors import ArgumentParser, Stopped, run_command
+from minibert.errors import ArgumentParser, InputError, Stopped, run_command
 from minibert.evaluate import evaluate, load_for_corpus
 from minibert.files import InUse, locked, read_json, write_json
 from minibert.flags import number
@@ -42,6 +42,8 @@ from minibert.training.checkpoint import checkpoints
 from minibert.training.runlog import HELD_OUT_LOSS, METRICS, read_metrics
 
 RESULT, STUDENT = "result.json", "student"
+FIGURES = ("mlm_loss", "mlm_accuracy", "teacher_kl", "teacher_agreement")
+OF_TEACHER = ("teacher_mlm_loss", "teacher_mlm_accuracy")
 
 # What a run is like, unless its variant says otherwise. Reactions have 94 tokens on average.
 SCALES: dict[str, dict[str, Any]] = {
@@ -154,13 +156,50 @@ def planned(flags: Any) -> Iterator[tuple[Variant, RunConfig]]:
 
 
 def gathered(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """All that is done in a study's folder: variant -> seed -> result."""
-    runs: dict[str, dict[str, Any]] = {}
-    for name, variant in VARIANTS.items():
-        for path in sorted(folder.glob(f"{name}-seed*/{RESULT}")):
-            entry = runs.setdefault(name, {"title": variant.title, "seeds": {}})
-            entry["seeds"][path.parent.name.rpartition("-seed")[2]] = read_json(path)
-    return told | {"runs": runs}
+    """All that is done in a study's folder, what is common said once.
+
+    `settings` of a variant are those that differ from `compactbiobert`'s; `figures` gives the order
+    of the numbers in `final` and, behind step and seconds, of a point of `curve`.
+    """
+    results = {
+        name: {path.parent.name.rpartition("-seed")[2]: read_json(path) for path in paths}
+        for name in VARIANTS
+        if (paths := sorted(folder.glob(f"{name}-seed*/{RESULT}")))
+    }
+    if "compactbiobert" not in results:
+        raise InputError(f"{folder}: no run of compactbiobert is done, nothing to compare with")
+    any_run = next(iter(results["compactbiobert"].values()))
+    common = any_run["settings"]
+    own = ("out", "seed", "resume", "max_hours")
+    runs = {
+        name: {
+            "title": VARIANTS[name].title,
+            "settings": {
+                key: value
+                for key, value in next(iter(seeds.values()))["settings"].items()
+                if value != common[key] and key not in own
+            },
+            "seeds": {seed: _numbers(result) for seed, result in seeds.items()},
+        }
+        for name, seeds in results.items()
+    }
+    return told | {
+        "settings": {key: value for key, value in common.items() if key not in own},
+        "teacher": {key: round(any_run["final"][key], 6) for key in OF_TEACHER},
+        "held_out_documents": any_run["held_out_documents"],
+        "figures": FIGURES,
+        "runs": runs,
+    }
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """A run's figures as lists of numbers, to six digits."""
+    curve = [
+        [point["step"], round(point["seconds"], 1), *(round(point[name], 6) for name in FIGURES)]
+        for point in result["curve"]
+    ]
+    final = [round(result["final"][name], 6) for name in FIGURES]
+    return {key: result[key] for key in ("commit", "threads")} | {"final": final, "curve": curve}
 
 
 def main() -> None:

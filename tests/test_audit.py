@@ -104,7 +104,10 @@ def test_the_json_is_as_its_description_says(ledger):
 
 def test_shapes_only_counts_the_flops_of_a_step_and_knows_no_time(ledger):
     real, shapes = ledger(), ledger("--meta")
-    of = lambda found: {name: t["flops"] for name, t in found["totals"]["phases"].items()}  # noqa: E731
+
+    def of(found):
+        return {name: total["flops"] for name, total in found["totals"]["phases"].items()}
+
     assert of(real) == of(shapes)
     assert all(total["seconds"] > 0 for total in real["totals"]["phases"].values())
     assert {operation["seconds"] for operation in shapes["operations"]} == {None}

@@ -35,7 +35,8 @@ def test_a_line_that_is_not_ours_is_found(monkeypatch):
 
     monkeypatch.setattr(train, "loss_terms", from_elsewhere)
     ledger = ledger_of(run_of("compactbiobert"), kind=Watchful)
-    found = [(o.name, o.phase) for o, s in zip(ledger.operations, ledger.strangers) if s]  # noqa: B905
+    told = zip(ledger.operations, ledger.strangers, strict=True)
+    found = [(operation.name, operation.phase) for operation, strangers in told if strangers]
     assert found == 3 * [("aten.mul.Tensor", LOSSES)]
 
 
