@@ -61,7 +61,7 @@ STUDENTS = {  # settings of `RunConfig`
 }  # fmt: skip
 PRETRAINED = ("teacher", *STUDENTS)
 MODELS = ("teacher", "compactbiobert", "mlm", "random", "copied", "distilbiobert")
-FINE_TUNING = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-4, "dtype": "bfloat16"}
+FINE_TUNING = {"epochs": 2, "batch_size": 16, "learning_rate": 5e-4, "dtype": "bfloat16"}
 
 
 class Stage(NamedTuple):
@@ -98,12 +98,12 @@ def stages(flags: Any) -> Iterator[Stage]:
     for name in ("random", "copied"):
         folder = folder_of(name, out)
         yield Stage(name, teacher, folder, lambda n=name, f=folder: save_untaught(n, teacher, f))
-    for name, settings in STUDENTS.items():
-        learn = trained(name, steps=scale["student_steps"], teacher=teacher, **settings)
+    for name in [name for name in STUDENTS if name in flags.models]:
+        learn = trained(name, steps=scale["student_steps"], teacher=teacher, **STUDENTS[name])
         yield Stage(name, teacher, folder_of(name, out), learn)
     for seed in range(flags.seeds):
         for kind, data in flags.task:
-            for name in MODELS:
+            for name in flags.models:
                 yield fine_tuning(kind, Path(data), name, seed, out)
 
 
@@ -198,6 +198,8 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder for models and runs")
     task = {"nargs": 2, "action": "append", "default": [], "metavar": ("KIND", "DIR")}
     add("--task", **task, help="ner or relation, and the folder of its files; may be repeated")
+    chosen = {"nargs": "+", "choices": MODELS, "default": MODELS, "metavar": "NAME"}
+    add("--models", **chosen, help=f"these students and controls alone, of {', '.join(MODELS)}")
     add("--seeds", type=number(int, 1), default=5, help="of fine-tuning (default: 5)")
     add("--scale", choices=SCALES, default="cpu", help="sizes and steps (default: cpu)")
     add("--json", type=Path, help="write all results that are there to this file")
