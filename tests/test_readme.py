@@ -54,6 +54,7 @@ def test_every_flag_exists():
     known |= {"--seeds"}  # of minibert.finetune
     known |= {"--meta", "--html", "--precision", "--forward"}  # of minibert.audit
     known |= {"--batch", "--length", "--by"}
+    known |= {"--maps"}  # of minibert.report
     known |= {"--nnodes", "--nproc-per-node", "--max-restarts"}  # of torchrun
     known |= {"--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     known |= {
@@ -86,6 +87,7 @@ def test_the_flags_of_train_are_frozen():
         "-m minibert.prepare",
         "-m minibert.download",
         "-m minibert.audit",
+        "-m minibert.report",
         "-m minibert.evaluate",
         "-m minibert.fill_mask",
         "-m minibert.finetune",
@@ -137,6 +139,12 @@ def test_the_commands_for_biobert_run(workplace):
     assert {path.name for path in (workplace / "runs" / "compact").iterdir()} == {
         "config.json", "lock", "metrics.jsonl", "step_000002", "student",
     }  # fmt: skip
+    (block,) = [block for block in BLOCKS if "minibert.report" in block]
+    for line in block.splitlines()[1:]:  # after the installation
+        done = run(shlex.split(line), workplace)
+        assert done.returncode == 0, (line, done.stderr)
+    pictures = {"losses.png", "held_out_by_time.png", "attention_maps.png", "nearness.png"}
+    assert pictures < {path.name for path in (workplace / "report").iterdir()}
 
 
 def test_the_commands_for_downloads_are_understood(monkeypatch):

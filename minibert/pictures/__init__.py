@@ -1,0 +1,1 @@
+"""Runs as pictures: what was logged, and what student and teacher look at."""
