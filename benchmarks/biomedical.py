@@ -170,11 +170,10 @@ def gathered(flags: Any) -> dict[str, Any]:
         if evaluations:
             figures[name] = {"seconds": seconds, "curve": evaluations}
     for _, data in flags.task:
-        task = tasks.setdefault(Path(data).name, {})
         for name in MODELS:
             paths = sorted(flags.out.glob(f"tasks/{Path(data).name}/{name}/seed_*/{SCORES}"))
             if scores := [read_json(path) for path in paths]:
-                task[name] = summary(scores)
+                tasks.setdefault(Path(data).name, {})[name] = summary(scores)
     settings = FINE_TUNING | {"learning_rate": LEARNING_RATE}
     return {"pretraining": figures, "fine_tuning": settings, "tasks": tasks}
 
