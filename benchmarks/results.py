@@ -11,13 +11,14 @@ Pictures need `pip install -e ".[report]"`.
 import re
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+from biomedical import SHALLOW_LAYERS, TIMES
 from study import FIGURES
 
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import atomic_file, read_json, read_text
+from minibert.tasks.scores import mean_and_deviation
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
@@ -26,7 +27,8 @@ HEADS = ("MLM loss", "accuracy", "KL to teacher", "agreement")
 SAME = ("plain", "float32")  # variants that ought to change nothing
 HEADLINE = ("compactbiobert", "distilbiobert", "mlm", "random")
 KL = FIGURES.index("teacher_kl")
-T_5_PERCENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of pairs
+# Student's t, two-sided, by the number of pairs (degrees of freedom: one less).
+T_5_PERCENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 Table = list[list[str]]  # the first row is the head
 
 
@@ -37,9 +39,9 @@ def stored(name: str) -> dict[str, Any]:
 
 def spread(values: list[float], digits: int = 4) -> str:
     """0.1336 ± 0.0021: mean and standard deviation of a sample."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    mean, deviation = mean_and_deviation(values)
+    told = f"{round(mean, digits) + 0.0:.{digits}f}"  # no minus before a zero
+    return told if len(values) < 2 else f"{told} ± {deviation:.{digits}f}"
 
 
 # The study.
@@ -66,7 +68,7 @@ def differences_table(study: dict[str, Any], variants: tuple[str, ...]) -> Table
 
     The last column is Student's paired t-test at 5 %, on the KL to the teacher.
     """
-    rows = [["minus `compactbiobert`, seed by seed", *HEADS, "its student is"]]
+    rows = [["minus `compactbiobert`, seed by seed", *HEADS, "KL"]]
     for name in variants:
         gaps = [differences(study, name, figure) for figure in FIGURES]
         cells = [spread(gap) for gap in gaps]
@@ -84,17 +86,21 @@ def differences(study: dict[str, Any], variant: str, figure: str) -> list[float]
 
 
 def verdict(gaps: list[float]) -> str:
-    """Whether differences in KL are more than their spread lets one expect by chance."""
-    if len(gaps) < 2:
-        return "?"
-    if abs(mean(gaps)) <= T_5_PERCENT[len(gaps)] * stdev(gaps) / len(gaps) ** 0.5:
-        return "as near"
-    return "nearer" if mean(gaps) < 0 else "farther"
+    """Whether differences in KL are more than their spread lets one expect by chance.
+
+    That they are not does not say that there is none.
+    """
+    mean, deviation = mean_and_deviation(gaps)
+    if len(gaps) not in T_5_PERCENT:
+        return f"{len(gaps)} seeds"
+    if abs(mean) <= T_5_PERCENT[len(gaps)] * deviation / len(gaps) ** 0.5:
+        return "not told apart"
+    return "nearer" if mean < 0 else "farther"
 
 
 # The biomedical models.
 
-LAYERS = {"shallow": 4, "teacher": 12}  # of the others 6
+LAYERS = {"shallow": SHALLOW_LAYERS, "teacher": SHALLOW_LAYERS * TIMES}  # of the others 6
 NAMES = {
     "shallow": "shallow model", "teacher": "teacher", "compactbiobert": "`compactbiobert`",
     "distilbiobert": "`distilbiobert`", "mlm": "masked words alone",

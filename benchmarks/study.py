@@ -15,6 +15,7 @@ and the versions. Checkpoints are removed when a run is done, students are kept.
 """
 
 import dataclasses
+import json
 import shutil
 import time
 from argparse import RawDescriptionHelpFormatter
@@ -39,6 +40,7 @@ from minibert.model import BertForMaskedLM
 from minibert.recipes import RECIPES
 from minibert.run_config import RunConfig
 from minibert.training.checkpoint import checkpoints
+from minibert.training.device import set_up_device
 from minibert.training.runlog import HELD_OUT_LOSS, METRICS, read_metrics
 
 RESULT, STUDENT = "result.json", "student"
@@ -97,6 +99,17 @@ def do_run(variant: Variant, run: RunConfig) -> None:
     write_json(run.out / RESULT, result_of(run))
     for checkpoint in checkpoints(run.out):
         shutil.rmtree(checkpoint)
+
+
+def refuse_another(run: RunConfig) -> None:
+    """A run that is done must be the one that is asked for; folders may have moved."""
+    settings = json.loads(json.dumps(run.to_dict()))  # tuples as JSON has them
+    done = read_json(run.out / RESULT)["settings"]
+    for name in settings.keys() - set(RunConfig.CHANGEABLE) | {"steps"}:
+        if settings[name] not in (None, done[name]):
+            raise InputError(
+                f"{run.out}: done with {name} {done[name]}, not {settings[name]}; another --out"
+            )
 
 
 @contextmanager
@@ -178,7 +191,8 @@ def gathered(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
                 key: value
                 for key, value in next(iter(seeds.values()))["settings"].items()
                 if value != common[key] and key not in own
-            },
+            }
+            | ({"fresh_head": True} if VARIANTS[name].fresh_head else {}),
             "seeds": {seed: _numbers(result) for seed, result in seeds.items()},
         }
         for name, seeds in results.items()
@@ -215,12 +229,12 @@ def main() -> None:
     add("--only", nargs="+", choices=VARIANTS, help="these variants alone")
     add("--seeds", type=number(int, 1), default=3, help="runs of each variant (default: 3)")
     add("--scale", choices=SCALES, default="cpu", help="how long runs are (default: cpu)")
-    add(
-        "--minutes", type=number(float, 0, exclusive=True), help="end after so long, to go on later"
-    )
+    time_left = {"type": number(float, 0, exclusive=True), "metavar": "N"}
+    add("--minutes", **time_left, help="end after so many, to go on later")
     add("--json", type=Path, help="write all results that are there to this file")
     flags = parser.parse_args()
     began = time.monotonic()
+    load_for_corpus(flags.teacher, Corpus.open(flags.data), max_length=3)  # what is wrong, at once
     for variant, run in planned(flags):
         if flags.minutes is not None:
             left = flags.minutes / 60 - (time.monotonic() - began) / 3600
@@ -230,7 +244,9 @@ def main() -> None:
         run.out.mkdir(parents=True, exist_ok=True)
         try:
             with locked(run.out.with_suffix(".lock")):
-                if not (run.out / RESULT).exists():
+                if (run.out / RESULT).exists():
+                    refuse_another(run)
+                else:
                     print(f"{run.out.name}: {variant.title}", flush=True)
                     do_run(variant, run)
         except InUse:
@@ -240,7 +256,8 @@ def main() -> None:
                 raise
             break  # its time is up
     if flags.json:
-        told = circumstances("study", torch.device("cpu")) | {"scale": flags.scale}
+        device = set_up_device(SCALES[flags.scale].get("device", "cpu"))
+        told = circumstances("study", device) | {"scale": flags.scale}
         write_json(flags.json, gathered(flags.out, told))
 
 

@@ -6,8 +6,9 @@
 CompactBioBERT from a teacher of BioBERT's size with seeded random weights (its speed is that of the
 real one), by train.py as it is: batches built beside it, metrics written, checkpoints as they fall
 due, an evaluation at the beginning. It ends when its time is up. Told are the tokens a second of
-each tenth of the updates, what saving cost, peak memory (on a GPU of tensors, else of the process)
-and the hours that the recipe's 100,000 updates would take at the pace of all of it.
+each tenth of the updates, how long all of it took, peak memory (on a GPU of tensors, else of the
+process) and the hours that the recipe's 100,000 updates would take at their mean pace, saving and
+evaluating left out.
 """
 
 import json

@@ -49,7 +49,7 @@ def pictures_of_models(flags: Namespace) -> "list[Picture]":
     if flags.data is not None:
         run = run_around(student)
         longest = 256 if run is None else run.resolved().max_length
-        documents = held_out_documents(pair, flags.data, flags.documents, longest)
+        documents = held_out_documents(pair, flags.data, flags.documents or 100, longest)
     return pictures_of_pair(pair, flags.maps, flags.head, documents)
 
 
@@ -96,7 +96,7 @@ def parse_flags() -> Namespace:
     data = "corpus over whose held-out documents layers are compared (default: over the text)"
     add("--data", metavar="CORPUS", type=Path, help=data)
     documents = "held-out documents, of --data (default: 100)"
-    add("--documents", metavar="N", type=number(int, 1), default=100, help=documents)
+    add("--documents", metavar="N", type=number(int, 1), help=documents)
     return checked(parser.parse_args())
 
 
@@ -108,7 +108,9 @@ def checked(flags: Namespace) -> Namespace:
                 raise InputError(f"--{name} goes with --maps TEXT")
         if not flags.runs:
             raise InputError("no RUN; expected a run folder of train.py, or --maps TEXT")
-    elif flags.student is None and len(flags.runs) != 1:
+    if flags.documents is not None and flags.data is None:
+        raise InputError("--documents goes with --data CORPUS")
+    if flags.maps is not None and flags.student is None and len(flags.runs) != 1:
         raise InputError(f"--maps shows one student: of {len(flags.runs)} RUNs, name --student")
     if flags.out.exists() and not flags.out.is_dir():
         raise InputError(f"{flags.out}: a file; expected a folder to write")

@@ -410,6 +410,9 @@ def in_a_terminal(world: Path, out: Path) -> tuple[int, int]:
         flags = ["--teacher", world / "teacher", "--data", world / "corpus", "--out", out]
         flags += ["--max-length", "19", "--batch-size", "7", "--device", "cpu", *ENDLESS]
         os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        )  # `nohup python -m pytest` would pass on its own
         os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *map(str, flags)])
     return process, terminal
 

@@ -1,6 +1,8 @@
 """What docs/results.md and README.md quote is what the stored results say."""
 
 import re
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -14,7 +16,13 @@ PAGES = {page.name: page.read_text() for page in results.PAGES}
 
 def decimals(text: str) -> set[str]:
     """All numbers with a decimal point that stand in a text."""
-    return set(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", text))
+    return set(re.findall(r"(?<![\w.])\d+\.\d+(?!\w|\.\d)", text))
+
+
+def prose(page: str) -> str:
+    """What was written by hand: no tables, no code, no addresses of links."""
+    page = re.sub(r"<!-- table \w+ -->.*?<!-- end -->", "", page, flags=re.DOTALL)
+    return re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", page, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -28,13 +36,29 @@ def test_every_table_is_shown():
 
 
 def test_numbers_between_the_tables_are_in_them():
-    """But for the published ones, whose paragraph says so, and what is said in code."""
-    page = re.sub(r"```.*?```", "", PAGES["results.md"], flags=re.DOTALL)
-    published = re.search(r"## Published.*?(?=\n## |\Z)", page, flags=re.DOTALL)[0]
+    """But for the published ones, which stand under a heading of their own."""
     told = decimals(" ".join(results.markdown(table) for table in results.tables().values()))
-    own = page.replace(published, "")
-    assert decimals(own) > set()
-    assert decimals(own) <= told
+    page = prose(PAGES["results.md"])
+    quoted = decimals(re.sub(r"\n## Published.*?(?=\n## )", "", page, flags=re.DOTALL))
+    assert len(quoted) > 10 and quoted <= told
+    section = re.search(r"\n## Does it distil\?.*?(?=\n## )", PAGES["README.md"], re.DOTALL)[0]
+    assert decimals(prose(section)) <= told
+
+
+def test_numbers_are_seen_wherever_they_stand():
+    assert decimals("0.5, (0.25) and 1.75. Not 2.13.0, nor v1.5 or 12") == {"0.5", "0.25", "1.75"}
+
+
+def test_the_commands_have_the_flags_of_their_programs():
+    """Those of docs/results.md; a test of README.md runs its own."""
+    for command in re.findall(r"^python (.*)$", PAGES["results.md"].replace("\\\n", ""), re.M):
+        program, *words = shlex.split(command)
+        program = [program] if program.endswith(".py") else ["-m", words.pop(0)]
+        told = subprocess.run(
+            [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        for flag in filter(lambda word: word.startswith("--"), words):
+            assert flag in told, (program, flag)
 
 
 def test_a_wrong_number_is_put_right():
@@ -59,8 +83,22 @@ def test_means_differences_and_verdicts():
     assert table[1] == ["teacher", "0.5000", "0.7500", "", ""]
     assert table[2][3] == "0.1100 ± 0.0100"
     rows = results.differences_table(study, ("far", "noise", "near"))[1:]
-    assert [row[-1] for row in rows] == ["farther", "as near", "nearer"]
+    assert [row[-1] for row in rows] == ["farther", "not told apart", "nearer"]
     assert rows[0][3] == "0.1000 ± 0.0100"
+
+
+def test_a_verdict_is_that_of_a_t_test():
+    """Pairs one deviation apart around their mean, just inside and just outside the bound."""
+    for count, bound in {2: 12.706, 3: 4.303, 5: 2.776}.items():  # any table of Student's t
+        assert results.T_5_PERCENT[count] == bound
+        gaps = [float(number % 2) for number in range(count)]
+        mean, deviation = results.mean_and_deviation(gaps)
+        edge = bound * deviation / count**0.5
+        inside, outside = ([g - mean + edge * by for g in gaps] for by in (0.99, 1.01))
+        assert results.verdict(inside) == "not told apart"
+        assert results.verdict(outside) == "farther"
+        assert results.verdict([-gap for gap in outside]) == "nearer"
+    assert results.verdict([0.5]) == "1 seeds"
 
 
 def seeds(*kls: float) -> dict:

@@ -16,6 +16,7 @@ from finetune_toys import ner_data, relation_data
 
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus
+from minibert.errors import InputError
 from minibert.evaluate import evaluate, load_for_corpus
 from minibert.folder import load_model, save_model
 from minibert.model import BertForMaskedLM
@@ -102,6 +103,30 @@ def test_what_is_done_or_in_use_is_passed_over(place, toy_world, monkeypatch):
     with held(place / "runs" / "mlm-seed0.lock"):
         left = studied(place, toy_world, monkeypatch, *flags)
     assert list(left["runs"]) == ["compactbiobert"]
+
+
+def test_what_was_done_otherwise_is_not_passed_over(place, toy_world, monkeypatch):
+    flags = ("--only", "compactbiobert", "--seeds", "1")
+    studied(place, toy_world, monkeypatch, *flags)
+    monkeypatch.setitem(study.SCALES, "cpu", FEW | {"steps": 3})
+    with pytest.raises(InputError, match="compactbiobert-seed0: done with steps 2, not 3"):
+        studied(place, toy_world, monkeypatch, *flags)
+
+
+def test_what_is_wrong_is_told_before_anything_is_done(place, toy_world, monkeypatch):
+    with pytest.raises(InputError, match="none"):
+        studied(place, toy_world, monkeypatch, "--teacher", f"{place}/none")
+    assert not (place / "runs").exists()
+    beginning = ["biomedical.py", "--data", f"{toy_world}/corpus", "--out", f"{place}/bio"]
+    for words, told in {
+        ("--task", "words", str(place)): "--task words: unknown; known: ner, relation",
+        ("--task", "ner", f"{place}/none"): "none: no such folder",
+        ("--data", f"{place}/none"): "none",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [*beginning, *words])
+        with pytest.raises(InputError, match=told):
+            biomedical.main()
+    assert not (place / "bio").exists()
 
 
 @contextmanager
