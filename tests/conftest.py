@@ -4,6 +4,7 @@ Toy sizes are pairwise different, so that a test with two axes swapped cannot pa
 """
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ from minibert.model import BertForMaskedLM
 from minibert.run_config import RunConfig
 
 torch.set_num_threads(1)  # toy tensors: a second thread only waits
+USUAL = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+for name in USUAL.keys() & {each.name for each in signal.Signals}:
+    if signal.getsignal(signal.Signals[name]) is signal.SIG_IGN:  # by `nohup` or `&`
+        signal.signal(signal.Signals[name], USUAL[name])  # what tests start inherits it
 ROOT = Path(__file__).parent.parent
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
