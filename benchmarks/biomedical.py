@@ -20,17 +20,19 @@ Several such commands share the work. `--json FILE` gathers what is there.
 import dataclasses
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from machine import circumstances
+from work import Job, do_what_is_left
 
 import train
 from minibert.config import BertConfig
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.files import InUse, locked, read_json, write_json
+from minibert.files import read_json, write_json
 from minibert.finetune import SCORES, FineTuning, fine_tune
 from minibert.flags import number
 from minibert.folder import load_model, save_model
@@ -67,16 +69,7 @@ FINE_TUNING = {"epochs": 2, "batch_size": 16, "dtype": "bfloat16"}
 LEARNING_RATE = {"ner": 5e-4, "relation": 2e-4}
 
 
-class Stage(NamedTuple):
-    """Something to be made: by `make`, from `source`, done when `result` is there."""
-
-    name: str
-    source: Path
-    result: Path
-    make: Callable[[], Any]
-
-
-def stages(flags: Any) -> Iterator[Stage]:
+def stages(flags: Any) -> Iterator[Job]:
     """All there is to make, in an order in which it can be."""
     out, scale = flags.out, SCALES[flags.scale]
     begin, shallow, stacked = out / "shallow.json", out / "shallow" / "model", out / "stacked"
@@ -84,30 +77,35 @@ def stages(flags: Any) -> Iterator[Stage]:
     common = {name: scale[name] for name in scale if name in RunConfig.__dataclass_fields__}
     common |= {"data": flags.data, "dtype": "bfloat16", "eval_documents": 200, "resume": True}
 
-    def trained(name: str, **settings: Any) -> Callable[[], None]:
+    def trained(name: str, **settings: Any) -> Callable[[float | None], None]:
         settings = common | {"out": out / name, "eval_every": settings["steps"] // 4} | settings
-        return lambda: train.train(RunConfig.from_flags(settings))
+        return lambda hours: train.train(RunConfig.from_flags(settings | {"max_hours": hours}))
 
-    yield Stage("begin", flags.data, begin, lambda: write_json(begin, shape(flags).to_dict()))
+    def stage(name: str, source: Path, result: Path, make: Callable[[float | None], Any]) -> Job:
+        return Job(name, source, result, out / f"{name.replace(': ', ' ')}.lock", make)
+
+    yield stage("begin", flags.data, begin, lambda _: write_json(begin, shape(flags).to_dict()))
     steps = scale["shallow_steps"]
     rate = {"learning_rate": 1e-3, "warmup_steps": steps * 15 // 100}
     learn = trained("shallow", recipe="mlm", model=begin, steps=steps, **rate)
-    yield Stage("shallow", begin, shallow, learn)
-    yield Stage("stacked", shallow, stacked, lambda: save_stacked(shallow, stacked))
+    yield stage("shallow", begin, shallow, learn)
+    yield stage("stacked", shallow, stacked, lambda _: save_stacked(shallow, stacked))
     steps = scale["teacher_steps"]
     rate = {"learning_rate": 7e-4, "warmup_steps": steps * 15 // 100}
     learn = trained("teacher", recipe="mlm", model=stacked, steps=steps, **rate)
-    yield Stage("teacher", stacked, teacher, learn)
+    yield stage("teacher", stacked, teacher, learn)
     for name in ("random", "copied"):
         folder = folder_of(name, out)
-        yield Stage(name, teacher, folder, lambda n=name, f=folder: save_untaught(n, teacher, f))
+        yield stage(name, teacher, folder, partial(save_untaught, name, teacher, folder))
     for name in [name for name in STUDENTS if name in flags.models]:
         learn = trained(name, steps=scale["student_steps"], teacher=teacher, **STUDENTS[name])
-        yield Stage(name, teacher, folder_of(name, out), learn)
+        yield stage(name, teacher, folder_of(name, out), learn)
     for seed in range(flags.seeds):
         for kind, data in flags.task:
             for name in flags.models:
-                yield fine_tuning(kind, Path(data), name, seed, out)
+                run = fine_tuning(kind, Path(data), name, seed, out)
+                title = f"{Path(data).name}: {name}, seed {seed}"
+                yield stage(title, run.model, run.out / SCORES, partial(tuned, run))
 
 
 def folder_of(name: str, out: Path) -> Path:
@@ -143,7 +141,7 @@ def save_stacked(shallow: Path, folder: Path) -> None:
     save_model(folder, above, tokenizer_from=shallow)
 
 
-def save_untaught(name: str, teacher: Path, folder: Path) -> None:
+def save_untaught(name: str, teacher: Path, folder: Path, _hours: float | None) -> None:
     """A student that learns nothing more: copied layers, or layers drawn at random."""
     student = student_from_teacher(load_model(teacher), (1, 3, 5, 7, 9, 11))
     if name == "random":
@@ -152,13 +150,16 @@ def save_untaught(name: str, teacher: Path, folder: Path) -> None:
     save_model(folder, student, tokenizer_from=teacher)
 
 
-def fine_tuning(kind: str, data: Path, name: str, seed: int, out: Path) -> Stage:
-    """One model on one task with one seed."""
-    model, folder = folder_of(name, out), out / "tasks" / data.name / name / f"seed_{seed}"
+def fine_tuning(kind: str, data: Path, name: str, seed: int, out: Path) -> FineTuning:
+    """The settings for one model on one task with one seed."""
+    folder = out / "tasks" / data.name / name / f"seed_{seed}"
     settings = FINE_TUNING | {"learning_rate": LEARNING_RATE[kind], "seed": seed, "resume": True}
-    run = FineTuning(kind, model=model, data=data, out=folder, **settings)
-    title = f"{data.name}: {name}, seed {seed}"
-    return Stage(title, model, folder / SCORES, lambda: fine_tune(run))
+    return FineTuning(kind, model=folder_of(name, out), data=data, out=folder, **settings)
+
+
+def tuned(run: FineTuning, _hours: float | None) -> None:
+    """Minutes; what is stopped goes on after its last epoch."""
+    fine_tune(run)
 
 
 def checked(flags: Any) -> Any:
@@ -217,21 +218,13 @@ def main() -> None:
     chosen = {"nargs": "+", "choices": MODELS, "default": MODELS, "metavar": "NAME"}
     add("--models", **chosen, help=f"these students and controls alone, of {', '.join(MODELS)}")
     add("--seeds", type=number(int, 1), default=5, help="of fine-tuning (default: 5)")
+    time_left = {"type": number(float, 0, exclusive=True), "metavar": "N"}
+    add("--minutes", **time_left, help="end after so many, to go on later")
     add("--scale", choices=SCALES, default="cpu", help="sizes and steps (default: cpu)")
     add("--json", type=Path, help="write all results that are there to this file")
     flags = checked(parser.parse_args())
     flags.out.mkdir(parents=True, exist_ok=True)
-    for stage in stages(flags):
-        if stage.result.exists() or not stage.source.exists():
-            continue
-        stage.result.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(flags.out / f"{stage.name.replace(': ', ' ')}.lock"):
-                if not stage.result.exists():
-                    print(stage.name, flush=True)
-                    stage.make()
-        except InUse:
-            continue
+    do_what_is_left(stages(flags), flags.minutes)
     if flags.json:
         told = circumstances("biomedical", set_up_device("auto")) | {"scale": flags.scale}
         write_json(flags.json, told | gathered(flags))

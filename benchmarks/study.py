@@ -17,23 +17,24 @@ and the versions. Checkpoints are removed when a run is done, students are kept.
 import dataclasses
 import json
 import shutil
-import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import circumstances, commit
+from work import Job, do_what_is_left
 
 import train
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus
-from minibert.errors import ArgumentParser, InputError, Stopped, run_command
+from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.evaluate import evaluate, load_for_corpus
-from minibert.files import InUse, locked, read_json, write_json
+from minibert.files import read_json, write_json
 from minibert.flags import number
 from minibert.folder import CONFIG
 from minibert.model import BertForMaskedLM
@@ -92,10 +93,29 @@ VARIANTS = {
 }
 
 
-def do_run(variant: Variant, run: RunConfig) -> None:
+def planned(flags: Any) -> Iterator[Job]:
+    """The runs that were asked for, seed by seed."""
+    for seed in range(flags.seeds):
+        for name in flags.only or VARIANTS:
+            run = run_of(name, seed, flags)
+            if (run.out / RESULT).exists():
+                refuse_another(run)
+            title, lock = f"{run.out.name}: {VARIANTS[name].title}", run.out.with_suffix(".lock")
+            make = partial(do_run, VARIANTS[name], run)
+            yield Job(title, flags.teacher, run.out / RESULT, lock, make)
+
+
+def run_of(name: str, seed: int, flags: Any) -> RunConfig:
+    """The run of a variant."""
+    common = {"teacher": flags.teacher, "data": flags.data, "seed": seed, "resume": True}
+    common |= {"out": flags.out / f"{name}-seed{seed}"}
+    return RunConfig.from_flags(SCALES[flags.scale] | common | VARIANTS[name].settings)
+
+
+def do_run(variant: Variant, run: RunConfig, hours: float | None) -> None:
     """Train as the run says, from where it stood, and write what came of it."""
     with the_student_begins(variant):
-        train.train(run)
+        train.train(dataclasses.replace(run, max_hours=hours))
     write_json(run.out / RESULT, result_of(run))
     for checkpoint in checkpoints(run.out):
         shutil.rmtree(checkpoint)
@@ -155,17 +175,6 @@ def result_of(run: RunConfig) -> dict[str, Any]:
         "held_out_documents": corpus.num_held_out,
         "final": evaluate(student, held_out, teacher),
     }
-
-
-def planned(flags: Any) -> Iterator[tuple[Variant, RunConfig]]:
-    """The runs that were asked for, seed by seed."""
-    for seed in range(flags.seeds):
-        for name in flags.only or VARIANTS:
-            variant = VARIANTS[name]
-            common = {"teacher": flags.teacher, "data": flags.data, "seed": seed, "resume": True}
-            common |= {"out": flags.out / f"{name}-seed{seed}"}
-            settings = SCALES[flags.scale] | common | variant.settings
-            yield variant, RunConfig.from_flags(settings)
 
 
 def gathered(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -233,28 +242,8 @@ def main() -> None:
     add("--minutes", **time_left, help="end after so many, to go on later")
     add("--json", type=Path, help="write all results that are there to this file")
     flags = parser.parse_args()
-    began = time.monotonic()
     load_for_corpus(flags.teacher, Corpus.open(flags.data), max_length=3)  # what is wrong, at once
-    for variant, run in planned(flags):
-        if flags.minutes is not None:
-            left = flags.minutes / 60 - (time.monotonic() - began) / 3600
-            if left <= 0:
-                break
-            run = dataclasses.replace(run, max_hours=left)
-        run.out.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(run.out.with_suffix(".lock")):
-                if (run.out / RESULT).exists():
-                    refuse_another(run)
-                else:
-                    print(f"{run.out.name}: {variant.title}", flush=True)
-                    do_run(variant, run)
-        except InUse:
-            continue
-        except Stopped as stopped:
-            if stopped.status != 0:
-                raise
-            break  # its time is up
+    do_what_is_left(planned(flags), flags.minutes)
     if flags.json:
         device = set_up_device(SCALES[flags.scale].get("device", "cpu"))
         told = circumstances("study", device) | {"scale": flags.scale}

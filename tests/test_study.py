@@ -16,7 +16,7 @@ from finetune_toys import ner_data, relation_data
 
 from minibert.data.batches import Batches
 from minibert.data.corpus import Corpus
-from minibert.errors import InputError
+from minibert.errors import InputError, Stopped
 from minibert.evaluate import evaluate, load_for_corpus
 from minibert.folder import load_model, save_model
 from minibert.model import BertForMaskedLM
@@ -24,6 +24,7 @@ from minibert.model import BertForMaskedLM
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import biomedical
 import study
+from work import Job, do_what_is_left
 
 FEW = {"steps": 2, "batch_size": 5, "max_length": 19, "eval_every": 1, "eval_documents": 3}
 FEW |= {"dtype": "bfloat16", "log_every": 1}
@@ -54,7 +55,11 @@ def test_variants_differ_in_what_they_say(place, toy_world):
         teacher=place / "teacher", data=toy_world / "corpus", out=place, seeds=2, only=None,
         scale="cpu",
     )  # fmt: skip
-    runs = [run for _, run in study.planned(flags)]
+    names = [(name, seed) for seed in range(flags.seeds) for name in study.VARIANTS]
+    assert [job.result.parent.name for job in study.planned(flags)] == [
+        f"{name}-seed{seed}" for name, seed in names
+    ]
+    runs = [study.run_of(name, seed, flags) for name, seed in names]
     assert [run.seed for run in runs] == [0] * len(study.VARIANTS) + [1] * len(study.VARIANTS)
     base = runs[0].to_dict()
     for (name, variant), run in zip(study.VARIANTS.items(), runs, strict=False):
@@ -127,6 +132,28 @@ def test_what_is_wrong_is_told_before_anything_is_done(place, toy_world, monkeyp
         with pytest.raises(InputError, match=told):
             biomedical.main()
     assert not (place / "bio").exists()
+
+
+def test_work_ends_when_its_time_is_up(tmp_path):
+    made = []
+
+    def job(name: str, status: int | None = None) -> Job:
+        def make(hours):
+            made.append((name, hours))
+            if status is not None:
+                raise Stopped(status)
+
+        return Job(name, tmp_path, tmp_path / name, tmp_path / f"{name}.lock", make)
+
+    (tmp_path / "done").touch()
+    lost = job("lost")._replace(source=tmp_path / "nowhere")
+    do_what_is_left([job("done"), lost, job("first"), job("stopped", 0), job("never")], None)
+    assert made == [("first", None), ("stopped", None)]
+    do_what_is_left([job("never")], minutes=1e-9)
+    assert len(made) == 2
+    with pytest.raises(Stopped):  # by a signal
+        do_what_is_left([job("broken off", 130)], minutes=30)
+    assert made[-1][0] == "broken off" and made[-1][1] == pytest.approx(0.5, abs=0.01)
 
 
 @contextmanager
