@@ -22,6 +22,7 @@ def told(toy_world, tmp_path, monkeypatch, *flags: str) -> dict:
     return json.loads((tmp_path / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_of_seconds(toy_world, tmp_path, monkeypatch, capsys):
     found = told(toy_world, tmp_path, monkeypatch, "--minutes", "0.1", "--dtype", "float32")
     assert found["updates"] >= 10 and 6 <= found["seconds"] < 60

@@ -180,6 +180,7 @@ def test_a_fresh_head_is_all_that_is_fresh(place, toy_world, monkeypatch):
     assert differs == {"head.dense.weight"}  # biases and LayerNorm begin as they are drawn anew
 
 
+@pytest.mark.slow
 def test_the_biomedical_stages_follow_from_each_other(toy_world, tmp_path, monkeypatch):
     few = {"hidden_size": 64, "shallow_steps": 4, "teacher_steps": 4, "student_steps": 4}
     monkeypatch.setitem(biomedical.SCALES, "cpu", few | {"batch_size": 5, "max_length": 19})
