@@ -203,6 +203,26 @@ def test_the_decoder_may_be_more_precise_than_the_heads():
     assert error < 0.02
 
 
+def test_logits_of_bfloat16_numbers_are_not_rounded():
+    """At sizes where a CPU's matrix units come in: its factors are rounded, its sums are not."""
+    head, decoder = (normal(rows, 96, seed=rows).bfloat16() for rows in (70, 130))
+    exact = head.double() @ decoder.double().T
+    for weights in (decoder, decoder.float()):
+        logits = vocabulary._logits(head, weights, [slice(0, 65), slice(65, 130)])
+        assert logits.dtype == torch.float32
+        assert (logits - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_products_of_float32_are_again_what_they_were():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), tiles.factors_of(torch.bfloat16):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+    with tiles.factors_of(torch.float32):
+        assert torch.get_float32_matmul_precision() == before
+
+
 def test_attention_without_dropout():
     inputs = [*queries_and_keys()[:2], normal(B, S, N, D, seed=21).transpose(1, 2)]
     for dtype in PRECISIONS:

@@ -236,5 +236,6 @@ def expanded(part: str, folder) -> list[str]:
 def test_the_install_commands_are_those_of_ci():
     install, tests = (block.strip() for block in BLOCKS[:2])
     assert install == "python -m pip install -c constraints.txt -e . && python train.py"
-    assert tests == 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest'
+    install = 'python -m pip install -c constraints.txt -e ".[test]"'
+    assert tests == f"{install} && python -m pytest -n auto"
     assert "README.md" in (ROOT / ".ci" / "run").read_text()

@@ -1,6 +1,7 @@
 """What the fused operations share: the size of a tile, the precision of a sum, the Triton twins."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -50,3 +51,19 @@ def precise(tensor: Tensor) -> Tensor:
 
 def precise_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def factors_of(dtype: torch.dtype) -> Iterator[None]:
+    """Float32 products on a CPU whose factors may be rounded to `dtype`; sums stay float32.
+
+    Where they hold bfloat16 numbers anyway nothing is lost, and oneDNN can use a CPU's matrix units
+    for them. (A product of bfloat16 tensors would round its result too.)
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -13,6 +13,7 @@ from torch.autograd.function import Function, once_differentiable
 from minibert.ops.plain import IGNORED_LABEL
 from minibert.ops.tiles import (
     at_once,
+    factors_of,
     in_cache,
     kernels_for,
     precise,
@@ -98,12 +99,16 @@ class _VocabularyLoss(Function):
 
 
 def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
-    """head (r, H), decoder (V, H); returns (r, V) in float32, without bias."""
+    """head (r, H), decoder (V, H); returns (r, V) in float32, without bias.
+
+    In a bfloat16 run the decoder counts as rounded to that, as every other weight does.
+    """
     if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(head, decoder.T, out_dtype=torch.float32)
     logits = head.new_empty(len(head), len(decoder), dtype=precise_dtype(head))
-    for part in columns:  # a CPU's products have the dtype of what comes in
-        torch.mm(precise(head), precise(decoder[part]).T, out=logits[:, part])
+    with factors_of(head.dtype):  # a CPU's products have the dtype of what comes in
+        for part in columns:
+            torch.mm(precise(head), precise(decoder[part]).T, out=logits[:, part])
     return logits
 
 

@@ -9,6 +9,7 @@ processes, each a function of (seed, target, number); those that fail are kept w
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -33,6 +34,7 @@ import torch  # noqa: E402
 from campaigns.targets import Target, make_targets, spoilt  # noqa: E402
 
 from minibert.errors import InputError  # noqa: E402
+from minibert.training.device import release_freed_memory  # noqa: E402
 
 SECONDS, MEGABYTES = 10.0, 1_000  # what one input may take, of computing time and of memory
 PATIENCE = 60.0  # seconds by the clock, for one that waits rather than computes
@@ -156,11 +158,13 @@ def _judge_all(
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)  # a panic in Rust talks, whoever catches it
+    faulthandler.disable()  # it has the place where stderr was before
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, size + ADDRESSES))
     torch.set_num_threads(1)
+    release_freed_memory()  # what the parent kept would hide what an input takes
     for number in numbers:
         folder = scratch / "source"
         _write(input_of(name, target, seed, number), folder)
