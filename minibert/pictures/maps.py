@@ -6,41 +6,48 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minibert.errors import InputError
 from minibert.pictures.compared import Nearness, Pair, Tokens, attention_maps, nearness, sentence
 from minibert.pictures.drawing import COLOURS, WIDTH, Picture, shortened, styled, to_png
 
-SIDE = (1.5, 4.0)  # inches of a map, at least and at most
-INCHES_A_TOKEN = 0.15  # that a name can be read in
+SIDE = (1.2, 4.0)  # inches of a map, at least and at most
+SIDE_OF_FOUR = 2.1  # up to that, the maps of two layers stand side by side
+INCHES_A_TOKEN = 0.09  # that a name can be read in
 MOST_NAMES = 64  # along a side; of more tokens every second, third, ... is named
 
 
 def draw_maps(
     teacher: Tensor, student: Tensor, layers: Sequence[int], words: Sequence[str]
 ) -> bytes:
-    """A row a student layer: the map of the teacher's layer that it follows, and its own.
+    """For each student layer the map of the teacher's layer that it follows, and its own.
 
     teacher, student: (L, S, S), rows are queries; words: the S tokens. One scale of colour for all.
     """
     side = min(max(SIDE[0], INCHES_A_TOKEN * len(words)), SIDE[1])
     scale = PowerNorm(0.5, vmin=0, vmax=max(teacher.max().item(), student.max().item()))
+    across = min(2 if side <= SIDE_OF_FOUR else 1, len(layers))
+    down = -(-len(layers) // across)
     with styled():
-        height = (side + 0.25) * len(layers) + 1.6
-        width = min(WIDTH, 2 * side + 2.2)
+        height = (side + 0.25) * down + 1.6
+        width = min(WIDTH, across * (2 * side + 0.7) + 0.8)
         figure = Figure(figsize=(width, height), layout="constrained")
-        grid = figure.subplots(len(layers), 2, squeeze=False)
-        for number, (row, layer) in enumerate(zip(grid, layers, strict=True)):
+        grid = figure.subplots(down, 2 * across, squeeze=False)
+        pairs = grid.reshape(-1, 2)  # in the order in which one reads
+        for number, (pair, layer) in enumerate(zip(pairs, layers, strict=False)):
             titles = (f"teacher, layer {layer}", f"student, layer {number}")
-            for axes, values, title in zip(row, (teacher, student), titles, strict=True):
+            for axes, values, title in zip(pair, (teacher, student), titles, strict=True):
                 image = axes.imshow(values[number].numpy(), norm=scale, cmap="magma_r")
                 axes.set_title(title)
-                _name_tokens(axes, words, side, last=number == len(layers) - 1)
-            row[1].set_yticklabels([])
-        bar = figure.colorbar(
-            image, ax=grid, location="top", shrink=0.6, aspect=45, pad=min(0.02, 0.3 / height)
-        )
+                _name_tokens(axes, words, side, last=number + across >= len(layers))
+            pair[1].set_yticklabels([])
+        for axes in pairs[len(layers) :].flat:
+            axes.set_axis_off()
+        gap = min(0.02, 0.3 / height)
+        look = {"location": "top", "shrink": 0.6, "aspect": 45, "pad": gap}
+        bar = figure.colorbar(image, ax=grid, ticks=MaxNLocator(4), **look)
         bar.set_label("attention from the token of a row to that of a column")
         bar.outline.set_visible(False)
         return to_png(figure)
