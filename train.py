@@ -76,7 +76,7 @@ def train(run: RunConfig) -> None:
         watch = NonfiniteWatch(run, batches, skipped)
         learner, guide = forward_passes(student, teacher, run)
         pupil = without_projection(student)
-        compare = partial(evaluate, pupil, held_out, teacher, summed, rank() > 0)
+        compare = partial(evaluate, pupil, held_out, teacher, combine=summed, quiet=rank() > 0)
         saved_at = time.monotonic()
         steps = range(first_step, run.steps)
         with batches.ahead(steps, device.type == "cuda") as ahead:
@@ -90,7 +90,7 @@ def train(run: RunConfig) -> None:
                 watch.add(done, figures)
                 log.tokens += batch.num_tokens
                 save_due = time.monotonic() - saved_at >= 60 * run.save_minutes
-                status, end, keep = agreed(stop.status(), stop.is_made(), save_due)
+                end, status, keep = agreed(stop.is_made(), stop.status(), save_due)
                 keep = keep or end or done % run.save_every == 0 or done == run.steps
                 tell = done % run.log_every == 0 or done == run.steps
                 if tell or keep:  # until then nothing waits for the device
@@ -138,7 +138,8 @@ def update(
                 + run.hidden_weight * terms.hidden_loss.sum()
                 + run.attention_weight * terms.attention_loss.sum()
             )
-            (loss * world_size()).backward()  # what is exchanged is the mean over the ranks
+            (loss * world_size()).backward()  # exchanged is the ranks' mean: so it is their sum
+        # In the order that `runlog.named_figures` reads; the gradient's norm is the last of all.
         parts = [part.detach().reshape(-1) for part in (loss, *terms[1:])]
         totals = totals + torch.cat(parts)
     totals = summed(totals)
@@ -157,7 +158,9 @@ def update(
 class LossTerms(NamedTuple):
     """The loss terms of a micro-batch, as its part of the means over the global batch."""
 
-    vocabulary_loss: Tensor  # (): mlm_weight * mlm_loss + output_weight * output_loss
+    # (): mlm_weight * mlm_loss + output_weight * output_loss. Weighted already, since its gradient
+    # is formed with its value.
+    vocabulary_loss: Tensor
     mlm_loss: Tensor  # () without gradient, for the log
     hidden_loss: Tensor  # one for each of the run's hidden_pairs
     attention_loss: Tensor  # one for each of its attention_pairs
@@ -260,7 +263,7 @@ def forward_passes(
         guide = teacher
         if run.dtype == "bfloat16":
             guide = copy.deepcopy(teacher).to(torch.bfloat16)
-    if run.compile:  # for the sizes of the first batch, and once more for any
+    if run.compile:  # twice: for the sizes of the first batch, then for any
         learner = torch.compile(learner)
         guide = None if guide is None else torch.compile(guide)
     return shared_gradients(learner), guide
@@ -294,7 +297,8 @@ def main() -> None:
             with out_of_memory_is_told(advice):
                 train(run)
         except KeyboardInterrupt:
-            print(f"\nwhat was saved stays: {how_to_go_on(run.out)}")
+            if (run.out / CONFIG).exists():
+                print(f"\nwhat was saved stays: {how_to_go_on(run.out)}")
             raise
 
 

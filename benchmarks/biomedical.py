@@ -20,22 +20,24 @@ Several such commands share the work. `--json FILE` gathers what is there.
 import dataclasses
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import circumstances
+from study import MLM_ALONE
 from work import Job, do_what_is_left
 
 import train
 from minibert.config import BertConfig
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
-from minibert.files import read_json, write_json
-from minibert.finetune import SCORES, FineTuning, fine_tune
+from minibert.files import read_json, sha256_of_files, write_json
+from minibert.finetune import SCORES, FineTuning, fine_tune, values_of_flags
 from minibert.flags import number
-from minibert.folder import load_model, save_model
+from minibert.folder import CONFIG, load_model, save_model
+from minibert.hugging_face import weight_files
 from minibert.model import BertForMaskedLM
 from minibert.run_config import RunConfig
 from minibert.student import student_from_teacher
@@ -54,12 +56,10 @@ SCALES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SHALLOW_LAYERS, TIMES = 4, 3
+BEGIN = "shallow.json"  # what the shallow model begins as
 STUDENTS = {  # settings of `RunConfig`
     "compactbiobert": {"recipe": "compactbiobert"},
-    "mlm": {
-        "recipe": "compactbiobert",
-        "hidden_weight": 0.0, "attention_weight": 0.0, "output_weight": 0.0,
-    },
+    "mlm": {"recipe": "compactbiobert"} | MLM_ALONE,
     "distilbiobert": {"recipe": "distilbiobert"},
 }  # fmt: skip
 PRETRAINED = ("teacher", *STUDENTS)
@@ -72,7 +72,7 @@ LEARNING_RATE = {"ner": 5e-4, "relation": 2e-4}
 def stages(flags: Any) -> Iterator[Job]:
     """All there is to make, in an order in which it can be."""
     out, scale = flags.out, SCALES[flags.scale]
-    begin, shallow, stacked = out / "shallow.json", out / "shallow" / "model", out / "stacked"
+    begin, shallow, stacked = out / BEGIN, out / "shallow" / "model", out / "stacked"
     teacher = folder_of("teacher", out)
     common = {name: scale[name] for name in scale if name in RunConfig.__dataclass_fields__}
     common |= {"data": flags.data, "dtype": "bfloat16", "eval_documents": 200, "resume": True}
@@ -105,6 +105,7 @@ def stages(flags: Any) -> Iterator[Job]:
             for name in flags.models:
                 run = fine_tuning(kind, Path(data), name, seed, out)
                 title = f"{Path(data).name}: {name}, seed {seed}"
+                refuse_another(run)
                 yield stage(title, run.model, run.out / SCORES, partial(tuned, run))
 
 
@@ -157,14 +158,32 @@ def fine_tuning(kind: str, data: Path, name: str, seed: int, out: Path) -> FineT
     return FineTuning(kind, model=folder_of(name, out), data=data, out=folder, **settings)
 
 
+def refuse_another(run: FineTuning) -> None:
+    """A run that is done must be the one that is asked for."""
+    if (run.out / SCORES).exists():
+        wanted = values_of_flags(run) | {"model": sha256_of(run.model)}
+        recorded = read_json(run.out / CONFIG)["identity"]
+        for name in wanted:
+            if wanted[name] != recorded[name]:
+                raise InputError(f"{run.out}: done with another {name}; another --out")
+
+
+@cache
+def sha256_of(model: Path) -> str:
+    """Of a model's files, as `finetune` records it."""
+    return sha256_of_files(*weight_files(model))
+
+
 def tuned(run: FineTuning, _hours: float | None) -> None:
     """Minutes; what is stopped goes on after its last epoch."""
     fine_tune(run)
 
 
 def checked(flags: Any) -> Any:
-    """Refuse at once what would be found after hours."""
-    Corpus.open(flags.data)
+    """Refuse at once what would be found after hours, or not at all."""
+    begin, shallow = flags.out / BEGIN, shape(flags).to_dict()
+    if begin.exists() and read_json(begin) != shallow:
+        raise InputError(f"{begin}: of another --scale or vocabulary; another --out")
     names = [Path(data).name for _, data in flags.task]
     for kind, data in flags.task:
         if kind not in LEARNING_RATE:

@@ -95,11 +95,12 @@ VARIANTS = {
 
 def planned(flags: Any) -> Iterator[Job]:
     """The runs that were asked for, seed by seed."""
+    learnt_from = train.identity(run_of("compactbiobert", 0, flags), Corpus.open(flags.data))
     for seed in range(flags.seeds):
         for name in flags.only or VARIANTS:
             run = run_of(name, seed, flags)
             if (run.out / RESULT).exists():
-                refuse_another(run)
+                refuse_another(run, learnt_from)
             title, lock = f"{run.out.name}: {VARIANTS[name].title}", run.out.with_suffix(".lock")
             make = partial(do_run, VARIANTS[name], run)
             yield Job(title, flags.teacher, run.out / RESULT, lock, make)
@@ -121,8 +122,10 @@ def do_run(variant: Variant, run: RunConfig, hours: float | None) -> None:
         shutil.rmtree(checkpoint)
 
 
-def refuse_another(run: RunConfig) -> None:
+def refuse_another(run: RunConfig, learnt_from: dict[str, str]) -> None:
     """A run that is done must be the one that is asked for; folders may have moved."""
+    if read_json(run.out / CONFIG)["identity"] != learnt_from:
+        raise InputError(f"{run.out}: done with another teacher or corpus; another --out")
     settings = json.loads(json.dumps(run.to_dict()))  # tuples as JSON has them
     done = read_json(run.out / RESULT)["settings"]
     for name in settings.keys() - set(RunConfig.CHANGEABLE) | {"steps"}:

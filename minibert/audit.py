@@ -214,7 +214,7 @@ def parse_flags() -> Namespace:
     add("--length", default=16, **length, help="tokens of a sequence (default: 16)")
     at_once = f"tokens that go through at once (default: {RunConfig.micro_batch_tokens})"
     add("--micro-batch-tokens", **count, help=at_once)
-    dtype = "of all that follows the embeddings (default: float32)"
+    dtype = "in which the layers compute (default: float32)"
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help=dtype)
     ops = "attention and losses, lean or as plain formulas (default: fused)"
     add("--ops", default="fused", choices=("fused", "plain"), help=ops)

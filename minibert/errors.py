@@ -5,12 +5,14 @@ raises `InputError`, whose message names the thing, what was found and what was 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells report it
+CLOSED_PIPE_STATUS = 141  # 128 + SIGPIPE
 
 
 class InputError(ValueError):
@@ -50,12 +52,17 @@ def in_one_line(error: Exception) -> str:
 def run_command(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit status.
 
-    0, 2 (bad input), 130 (Ctrl-C), or the one that it stopped with.
+    0, 2 (bad input), 130 (Ctrl-C), 141 (who reads our output has gone), or the one that it stopped
+    with.
     """
     try:
         main()
+        sys.stdout.flush()
     except Stopped as stopped:
         return stopped.status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to say
+        return CLOSED_PIPE_STATUS
     except (InputError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         return BAD_INPUT_STATUS

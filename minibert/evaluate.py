@@ -19,9 +19,10 @@ from minibert.data.corpus import Corpus
 from minibert.data.tokenizer import load_tokenizer
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.flags import number
-from minibert.folder import load_model
+from minibert.folder import CONFIG, load_model
 from minibert.model import BertForMaskedLM
 from minibert.progress import counted
+from minibert.training.device import set_up_device
 
 MLM_FIGURES = ("mlm_loss", "mlm_accuracy")
 TEACHER_FIGURES = (
@@ -118,21 +119,35 @@ def check_fit(source: Path, config: BertConfig, corpus: Corpus, max_length: int)
         )
 
 
+def check_comparable(source: Path, teacher: BertConfig, model: BertConfig) -> None:
+    """Distributions are compared word by word, spare rows of the embeddings included."""
+    if teacher.vocab_size != model.vocab_size:
+        raise InputError(
+            f"{source}: vocab_size {teacher.vocab_size}; the model's {model.vocab_size}"
+        )
+
+
 def main() -> None:
     parser = ArgumentParser(prog="python -m minibert.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--data", type=Path, required=True, help="corpus folder")
     parser.add_argument("--teacher", type=Path, help="model folder of the teacher")
     parser.add_argument("--documents", type=number(int, 1), default=500, help="held-out documents")
-    parser.add_argument("--max-length", type=number(int, 3), default=256, help="of a sequence")
+    length = "most tokens of a sequence (default: 256, or as many as the model has positions)"
+    parser.add_argument("--max-length", type=number(int, 3), help=length)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
 
-    corpus = Corpus.open(flags.data)
-    model = load_for_corpus(flags.model, corpus, flags.max_length)
-    teacher = load_for_corpus(flags.teacher, corpus, flags.max_length) if flags.teacher else None
-    batches = Batches(corpus, max_length=flags.max_length)
-    micro_batches = batches.held_out(flags.documents)
+    device, corpus = set_up_device(flags.device), Corpus.open(flags.data)
+    length = flags.max_length
+    if length is None:
+        length = min(256, BertConfig.read(flags.model / CONFIG).max_position_embeddings)
+    model, teacher = load_for_corpus(flags.model, corpus, length).to(device), None
+    if flags.teacher:
+        teacher = load_for_corpus(flags.teacher, corpus, length).to(device)
+        check_comparable(flags.teacher, teacher.config, model.config)
+    micro_batches = Batches(corpus, max_length=length).held_out(flags.documents)
     figures = evaluate(model, micro_batches, teacher)
     if not figures:
         raise InputError(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minibert import Pretrained, load
 from minibert.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minibert.errors import ArgumentParser, InputError, Stopped, run_command
+from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.flags import number
 from minibert.model import BertForMaskedLM
 from minibert.progress import ProgressLine
@@ -36,7 +36,6 @@ LINES_AT_ONCE = 128  # among which those of like length are computed side by sid
 WINDOWS_AT_ONCE = 512  # in memory, however many masks a long line holds
 BATCH_TOKENS = 2048  # padding included
 MASKS_AT_ONCE = 256  # in memory with the whole vocabulary
-CLOSED_PIPE_STATUS = 141  # 128 + SIGPIPE, as shells report it
 
 
 class Guess(NamedTuple):
@@ -233,19 +232,15 @@ def main() -> None:
     model.to(set_up_device("auto"))
     line, done = ProgressLine(), 0
     sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that lacks a letter
-    try:
-        for texts in texts_asked(flags.text):
-            found = fill_masks(model, tokenizer, texts, flags.top)
-            line.clear()
-            for text, masks in zip(texts, found, strict=True):
-                (show_json if flags.json else show)(text, masks)
-            sys.stdout.flush()
-            done += len(texts)
-            line.show(f"{done:,} texts")
+    for texts in texts_asked(flags.text):
+        found = fill_masks(model, tokenizer, texts, flags.top)
         line.clear()
-    except BrokenPipeError:  # whoever reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Stopped(CLOSED_PIPE_STATUS) from None
+        for text, masks in zip(texts, found, strict=True):
+            (show_json if flags.json else show)(text, masks)
+        sys.stdout.flush()
+        done += len(texts)
+        line.show(f"{done:,} texts")
+    line.clear()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from minibert.tasks.task import Task, collate, shuffled
 from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
 from minibert.training.device import out_of_memory_is_told, release_freed_memory, set_up_device
 from minibert.training.optimizer import LARGEST_GRAD_NORM, build_optimizer, learning_rate_at
-from minibert.training.runlog import how_to_go_on
 from minibert.training.seeds import dropout_seed
 
 TASKS = {"ner": Ner, "relation": Relation, "qa": QuestionAnswering}
@@ -207,9 +206,15 @@ def identity(run: FineTuning, task: Task, tokenizer: Tokenizer) -> dict[str, str
     """What a run learns from, and how: a resumed run must find the same."""
     hashes = {path.name: sha256_of_files(path) for path in task.files.values()}
     hashes |= {"model": sha256_of_files(*weight_files(run.model))}
+    hashes |= {"sizes": sha256_of_files(run.model / CONFIG)}
     hashes |= {"vocabulary": tokenizer.vocabulary_sha256, "task": run.task}
+    return hashes | values_of_flags(run)
+
+
+def values_of_flags(run: FineTuning) -> dict[str, str]:
+    """What a run learns with, of that which may not change on the way."""
     flags = ("epochs", "batch_size", "learning_rate", "max_length", "seed", "dtype")
-    return hashes | {f"--{f.replace('_', '-')}": str(getattr(run, f)) for f in flags}
+    return {f"--{flag.replace('_', '-')}": str(getattr(run, flag)) for flag in flags}
 
 
 def over_seeds(run: FineTuning, seeds: int) -> dict[str, Any]:
@@ -267,9 +272,9 @@ def main() -> None:
     length = {"type": number(int, 8), "metavar": "N"}
     add("--max-length", **length, help=f"tokens of a sequence (default: {by_task(MAX_LENGTH)})")
     seed = {"type": number(int, 0), "metavar": "N"}
-    add("--seed", **seed, help=f"of every random draw (default: {FineTuning.seed})")
+    add("--seed", **seed, help=f"seed of every random draw (default: {FineTuning.seed})")
     add("--seeds", **count, help="so many runs, with the seeds from --seed on")
-    dtypes = f"of what follows the embeddings, in training (default: {FineTuning.dtype})"
+    dtypes = f"in which the layers compute, in training (default: {FineTuning.dtype})"
     add("--dtype", choices=("float32", "bfloat16"), help=dtypes)
     place = f"where to compute (default: {FineTuning.device})"
     add("--device", choices=("auto", "cpu", "cuda"), help=place)
@@ -280,7 +285,7 @@ def main() -> None:
         with out_of_memory_is_told(f"less than --batch-size {run.batch_size} needs less"):
             scores = fine_tune(run) if seeds is None else over_seeds(run, seeds)
     except KeyboardInterrupt:
-        print(f"\nfinished epochs are not lost: {how_to_go_on(run.out)}")
+        print("\nfinished epochs are not lost: the same command with --resume goes on")
         raise
     print(table(scores))
     print(f"written: {run.out}")

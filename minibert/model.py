@@ -238,5 +238,5 @@ class BertForMaskedLM(BertModel):
         return self.head.decoder_bias
 
     def logits(self, head_output: Tensor) -> Tensor:
-        """head_output (M, H); returns (M, V)."""
-        return F.linear(head_output, self.decoder, self.decoder_bias)
+        """head_output (M, H) of any dtype; returns (M, V) in that of the weights."""
+        return F.linear(head_output.to(self.decoder.dtype), self.decoder, self.decoder_bias)

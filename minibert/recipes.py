@@ -35,8 +35,9 @@ Pairs = tuple[tuple[int, int], ...]  # student's, teacher's
 class Recipe:
     """How a student begins, what it is compared in, and the default settings of a run.
 
-    A run may override any setting of the same name on its command line (`RunConfig`). The words
-    of a loss of weight 0 say nothing. Raises InputError for what cannot be.
+    A run may override any setting of the same name on its command line (`RunConfig`). Where a
+    loss has weight 0, the setting that chooses its kind is ignored. Raises InputError for what
+    cannot be.
     """
 
     name: str = field(compare=False)  # in RECIPES, or that of the file

@@ -72,11 +72,11 @@ class RunConfig:
     temperature: float | None = setting(
         None, "temperature of the output loss", type=number(float, 0, exclusive=True)
     )
-    seed: int = setting(0, "of every random draw", type=number(int, 0))
+    seed: int = setting(0, "seed of every random draw", type=number(int, 0))
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(
         "float32",
-        "of all that follows the embeddings; weights, moments and loss sums stay float32",
+        "in which the layers compute; weights, moments and loss sums stay float32",
         choices=("float32", "bfloat16"),
     )
     ops: str = setting(

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import TOY_CONFIG
+from conftest import ROOT, TOY_CONFIG
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -284,3 +286,15 @@ def test_no_figure_looks_like_nothing_but_nothing(value, largest):
     assert max(value, largest) / divisor < 1000 or name == "PB"
     if told and not told.startswith("<"):
         assert float(told.replace(",", "")) == pytest.approx(value / divisor, abs=0.00051)
+
+
+def test_it_records_our_train_wherever_it_is_asked(toy_model, tmp_path):
+    """And takes it quietly that nobody reads its table."""
+    (tmp_path / "train.py").write_text("raise SystemExit('the train.py of somebody else')")
+    command = f"'{sys.executable}' -m minibert.audit --meta --model '{toy_model}' | true"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.stderr, done.stdout) == ("", "141\n")

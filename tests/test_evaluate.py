@@ -1,5 +1,6 @@
 """`minibert.evaluate` prints means over the masked positions, the same whoever asks."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -102,6 +103,22 @@ def test_more_tokens_than_positions_is_one_clear_line(toy_world, monkeypatch, ca
     status, _, complaint = evaluated(monkeypatch, capsys, *where)
     assert status == 2
     assert complaint == "error: --max-length 30: the model has 29 positions\n"
+
+
+def test_sequences_are_as_long_as_the_model_allows(toy_world, monkeypatch, capsys):
+    where = [toy_world / "teacher", "--data", toy_world / "corpus", "--json"]
+    status, printed, _ = evaluated(monkeypatch, capsys, *where)
+    assert status == 0
+    assert printed == evaluated(monkeypatch, capsys, *where, "--max-length", 29)[1]
+
+
+def test_models_of_other_words_are_not_compared(toy_world, models, tmp_path, monkeypatch, capsys):
+    wider = dataclasses.replace(TOY_CONFIG, vocab_size=101)  # two rows that are no word's
+    save_model(tmp_path / "wider", BertForMaskedLM(wider), tokenizer_from=toy_world)
+    where = [toy_world / "teacher", "--data", toy_world / "corpus"]
+    status, _, complaint = evaluated(monkeypatch, capsys, *where, "--teacher", tmp_path / "wider")
+    assert status == 2
+    assert complaint == f"error: {tmp_path / 'wider'}: vocab_size 101; the model's 99\n"
 
 
 def test_nothing_held_out_is_one_clear_line(toy_world, tmp_path, monkeypatch, capsys):

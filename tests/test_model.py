@@ -120,6 +120,9 @@ def test_logits_come_from_the_tied_matrix(model, batch):
     )
     decoder = model.embeddings.word_embeddings.weight
     torch.testing.assert_close(logits, transformed @ decoder.T + model.head.decoder_bias)
+    rounded = model.logits(model(*batch, dtype=torch.bfloat16).head_output)
+    assert rounded.dtype == logits.dtype
+    assert (rounded - logits).norm() < 0.05 * logits.norm()
 
 
 def test_the_head_runs_at_masked_positions_only(model, batch):

@@ -107,6 +107,7 @@ def test_marks_at_an_end_of_a_long_text():
     ("content", "complaint"),
     [
         ("", "test.jsonl: empty"),
+        ("\n \n", "test.jsonl: empty lines alone; expected examples"),
         ('{"text": "a", "label": "UP"}\n{"text"\n', "line 2: not readable as JSON"),
         ('{"text": "a"}\n', "line 1: expected an object with text and label"),
         ('{"text": "a", "label": 1.5}\n', "line 1: expected an object with text and label"),

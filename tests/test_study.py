@@ -116,6 +116,12 @@ def test_what_was_done_otherwise_is_not_passed_over(place, toy_world, monkeypatc
     monkeypatch.setitem(study.SCALES, "cpu", FEW | {"steps": 3})
     with pytest.raises(InputError, match="compactbiobert-seed0: done with steps 2, not 3"):
         studied(place, toy_world, monkeypatch, *flags)
+    monkeypatch.setitem(study.SCALES, "cpu", FEW)
+    other = load_model(place / "teacher")
+    torch.nn.init.ones_(other.head.decoder_bias)
+    save_model(place / "other", other, tokenizer_from=place / "teacher")
+    with pytest.raises(InputError, match="compactbiobert-seed0: done with another teacher"):
+        studied(place, toy_world, monkeypatch, *flags, "--teacher", f"{place}/other")
 
 
 def test_what_is_wrong_is_told_before_anything_is_done(place, toy_world, monkeypatch):
@@ -222,6 +228,13 @@ def test_the_biomedical_stages_follow_from_each_other(toy_world, tmp_path, monke
     monkeypatch.setattr(biomedical, "fine_tune", lambda *_: pytest.fail("done twice"))
     biomedical.main()
     assert json.loads((tmp_path / "all.json").read_text()) == told
+
+    monkeypatch.setitem(biomedical.FINE_TUNING, "epochs", 2)
+    with pytest.raises(InputError, match="teacher/seed_0: done with another --epochs"):
+        biomedical.main()
+    monkeypatch.setitem(biomedical.SCALES["cpu"], "hidden_size", 128)
+    with pytest.raises(InputError, match=r"shallow\.json: of another --scale"):
+        biomedical.main()
 
 
 def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:

@@ -4,13 +4,15 @@ Shapes: B sequences of S tokens, none of them padding; M masked positions.
 """
 
 import dataclasses
+import sys
 from contextlib import ExitStack
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
-import train
 from minibert.config import BertConfig
 from minibert.data.batches import MASKED_SHARE, GlobalBatch, MicroBatch
 from minibert.errors import InputError
@@ -31,6 +33,21 @@ BIOBERT = BertConfig(
     num_attention_heads=12,
     intermediate_size=3_072,
 )
+
+
+def our_train() -> ModuleType:
+    """The train.py beside this package: a plain import would take one of the current folder."""
+    path = Path(__file__).resolve().parents[2] / "train.py"
+    known = sys.modules.get("train")
+    if known is not None and Path(known.__file__).resolve() == path:
+        return known
+    spec = spec_from_file_location("train", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train = our_train()
 
 
 def record_step(

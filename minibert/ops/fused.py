@@ -82,7 +82,7 @@ def attention(
     query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
     (B, N, S, D). On a CPU, where torch has no lean attention with dropout, one sequence at a time:
     its maps fit into the cache while they are worked on, and its padding is not computed (the
-    context there is 0). Backward needs two maps of each sequence: B N S^2 values are kept for it.
+    context there is 0). Two maps of each sequence, 2 B N S^2 values, are kept for backward.
     """
     if dropout > 0 and not query.is_cuda:
         return _Attention.apply(query, key, value, attention_mask, dropout)

@@ -1,9 +1,10 @@
 """Attention and the loss terms as plain formulas: the truth that faster versions are held to.
 
 Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
-Each loss is a *sum* over what it counts; the loop divides by the counts of the whole global batch,
-so that the result does not depend on how the batch was cut. Sums are float32 (float64 for float64
-inputs). Which losses, and why: Rohanian et al., arXiv 2209.03182, and the authors' scripts.
+Each loss is a *sum* over what it counts; the loop divides by the counts of the whole global batch
+(of `vocabulary_loss` the weights), so that the result does not depend on how the batch was cut.
+Sums are float32 (float64 for float64 inputs). Which losses, and why: Rohanian et al., arXiv
+2209.03182, and the authors' scripts.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100  # a row of labels that no vocabulary loss counts, as in torch's cross_entropy
 
-SHORTEST = 1e-8  # a vector shorter than this counts as so long where it is divided by its length
+SHORTEST = 1e-8  # the least norm that a vector is divided by: eps of torch's cosine_similarity
 
 
 def attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:

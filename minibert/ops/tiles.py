@@ -10,7 +10,7 @@ from torch import Tensor
 
 KERNELS = True  # False: PyTorch alone, also on a GPU
 IN_CACHE = 2**18  # elements that element-wise work goes over at once: 1 MB in float32
-ON_GPU = 2**26  # in place of what is at once on a CPU: on a GPU it is the launches that cost
+ON_GPU = 2**26  # elements of a tile on a GPU: large, for there each launch of a kernel costs
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
@@ -40,7 +40,10 @@ def in_cache(tensor: Tensor, times: int = 1) -> int:
 
 
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """In upstream's precision: rounded to bfloat16 first, it would be up to 0.4 % off for all."""
+    """gradient * upstream, multiplied in upstream's dtype and then rounded.
+
+    An upstream rounded to bfloat16 first would put every element off by the same, up to 0.4 %.
+    """
     return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
 
 
@@ -55,10 +58,10 @@ def precise_dtype(tensor: Tensor) -> torch.dtype:
 
 @contextmanager
 def factors_of(dtype: torch.dtype) -> Iterator[None]:
-    """Float32 products on a CPU whose factors may be rounded to `dtype`; sums stay float32.
+    """Products of float32 matrices on a CPU whose elements are numbers of `dtype`.
 
-    Where they hold bfloat16 numbers anyway nothing is lost, and oneDNN can use a CPU's matrix units
-    for them. (A product of bfloat16 tensors would round its result too.)
+    Of bfloat16 numbers a CPU's matrix units make such products, with float32 sums, where oneDNN may
+    round the factors to bfloat16: here that changes nothing.
     """
     before = torch.get_float32_matmul_precision()
     if dtype == torch.bfloat16:

@@ -67,8 +67,7 @@ class _VocabularyLoss(Function):
         columns = list(tiles(*decoder.shape, at_once(decoder, DECODER_AT_ONCE)))
         d_head = torch.zeros_like(head, dtype=precise_dtype(head))
         d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
-        if head.is_cuda:  # rounded once; a CPU rounds a part at a time
-            decoder = decoder.to(head.dtype)
+        decoder = decoder.to(head.dtype)  # as every weight in a product
         for rows in tiles(len(head), V, LOGITS_AT_ONCE):
             logits, teacher_logits = _logits(head[rows], decoder, columns), None  # (r, V)
             if teacher_head is not None:
@@ -82,7 +81,7 @@ class _VocabularyLoss(Function):
             d_bias += logits.sum(0)  # they are overwritten by their gradient
             d_logits = logits.to(head.dtype)  # (r, V)
             for part in columns:
-                d_head[rows] += d_logits[:, part] @ decoder[part].to(head.dtype)
+                d_head[rows] += d_logits[:, part] @ decoder[part]
                 d_decoder[part] += d_logits[:, part].T @ head[rows]
         ctx.save_for_backward(d_head.to(head.dtype), d_decoder, d_bias)
         mlm_sum, output_sum = sums.unbind()
@@ -99,14 +98,11 @@ class _VocabularyLoss(Function):
 
 
 def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
-    """head (r, H), decoder (V, H); returns (r, V) in float32, without bias.
-
-    In a bfloat16 run the decoder counts as rounded to that, as every other weight does.
-    """
+    """head (r, H), decoder (V, H) of one dtype; returns (r, V) in float32, without bias."""
     if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(head, decoder.T, out_dtype=torch.float32)
     logits = head.new_empty(len(head), len(decoder), dtype=precise_dtype(head))
-    with factors_of(head.dtype):  # a CPU's products have the dtype of what comes in
+    with factors_of(head.dtype):  # written out as float32, since a CPU's products keep a dtype
         for part in columns:
             torch.mm(precise(head), precise(decoder[part]).T, out=logits[:, part])
     return logits

@@ -158,6 +158,8 @@ def read_objects(path: Path) -> dict[int, Example]:
         if not isinstance(text, str) or not isinstance(label, str):
             raise InputError(f"{path}: line {number}: expected an object with text and label")
         examples[number] = _checked(text, label, f"{path}: line {number}")
+    if not examples:
+        raise InputError(f"{path}: empty lines alone; expected examples")
     return examples
 
 
