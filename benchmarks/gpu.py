@@ -26,17 +26,19 @@ from cases import all_cases, cases_of_a_step
 from machine import circumstances, give_memory_back, installed, tell
 from step_correctness import check_resume, check_step
 from variants import BF16, Variant, choose, ours
-from workload import BIOBERT, Work, write_random_corpus
+from workload import Work, write_random_corpus
 
+from minibert.config import BIOBERT
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import write_json
 from minibert.flags import number
+from minibert.recipes import RECIPES
 from minibert.training.device import set_up_device
 
 LOSSES_END, STEP_END, COMPILED_END = 170, 370, 460  # seconds from the beginning
 ROUNDS, WARMUP = 4, 2
 LENGTH = 256
-STEPS_OF_THE_PAPER = 100_000
+STEPS_OF_THE_PAPER = RECIPES["compactbiobert"].steps
 
 
 class Report:

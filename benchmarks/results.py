@@ -25,7 +25,7 @@ RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 HEADS = ("MLM loss", "accuracy", "KL to teacher", "agreement")
 SAME = ("plain", "float32")  # variants that ought to change nothing
-HEADLINE = ("compactbiobert", "distilbiobert", "mlm", "random")
+HEADLINE = ("compactbiobert", "last-layers", "distilbiobert", "mlm", "random")
 KL = FIGURES.index("teacher_kl")
 # Student's t, two-sided, by the number of pairs (degrees of freedom: one less).
 T_5_PERCENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -68,7 +68,7 @@ def differences_table(study: dict[str, Any], variants: tuple[str, ...]) -> Table
 
     The last column is Student's paired t-test at 5 %, on the KL to the teacher.
     """
-    rows = [["minus `compactbiobert`, seed by seed", *HEADS, "KL"]]
+    rows = [["minus `compactbiobert`, seed by seed", *HEADS, "verdict on KL"]]
     for name in variants:
         gaps = [differences(study, name, figure) for figure in FIGURES]
         cells = [spread(gap) for gap in gaps]

@@ -49,8 +49,9 @@ from machine import (
 from step_table import is_medium, table
 from torch import Tensor
 from variants import Variant, authors_side, choose, our_side
-from workload import BIOBERT, Work, work_of, write_random_corpus
+from workload import Work, work_of, write_random_corpus
 
+from minibert.config import BIOBERT
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from machine import circumstances, tell
-from workload import BIOBERT, random_models
+from workload import random_models
 
 import minibert.files as files
 import train
+from minibert.config import BIOBERT
 from minibert.data import demo
 from minibert.demonstration import DEMO_TEACHER, DEMO_TEACHING
 from minibert.errors import ArgumentParser, run_command

@@ -5,10 +5,10 @@
 
 CompactBioBERT from a teacher of BioBERT's size with seeded random weights (its speed is that of the
 real one), by train.py as it is: batches built beside it, metrics written, checkpoints as they fall
-due, an evaluation at the beginning. It ends when its time is up. Told are the tokens a second of
-each tenth of the updates, how long all of it took, peak memory (on a GPU of tensors, else of the
-process) and the hours that the recipe's 100,000 updates would take at their mean pace, saving and
-evaluating left out.
+due, with --data an evaluation at the beginning. It ends when its time is up. Told are the tokens a
+second of each tenth of the updates, how long all of it took, peak memory (on a GPU of tensors, else
+of the process) and the hours that the recipe's 100,000 updates would take at their mean pace,
+saving and evaluating left out.
 """
 
 import json
@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from machine import circumstances, peak_of_process
-from workload import BIOBERT, random_models, write_random_corpus
+from workload import random_models, write_random_corpus
 
 import train
+from minibert.config import BIOBERT
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, Stopped, run_command
 from minibert.evaluate import check_fit

@@ -20,14 +20,6 @@ from minibert.model import BertForMaskedLM
 from minibert.recipes import RECIPES
 from minibert.student import layers_to_follow, student_from_teacher
 
-BIOBERT = BertConfig(
-    vocab_size=28_996,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
-)
-
 
 @dataclass(frozen=True)
 class Work:

@@ -108,3 +108,12 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`: our settings and the values of those that are fixed."""
         return self.IMPLEMENTED | dataclasses.asdict(self)
+
+
+BIOBERT = BertConfig(
+    vocab_size=28_996,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3_072,
+)

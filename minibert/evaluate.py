@@ -135,7 +135,8 @@ def main() -> None:
     parser.add_argument("--documents", type=number(int, 1), default=500, help="held-out documents")
     length = "most tokens of a sequence (default: 256, or as many as the model has positions)"
     parser.add_argument("--max-length", type=number(int, 3), help=length)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    device = {"choices": ("auto", "cpu", "cuda"), "default": "auto"}
+    parser.add_argument("--device", **device, help="where to compute (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
 

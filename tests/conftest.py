@@ -36,14 +36,6 @@ TOY_CONFIG = BertConfig(
     initializer_range=0.2,  # so that attention is not uniform and layers differ
 )
 
-BIOBERT = BertConfig(
-    vocab_size=28_996,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3072,
-)
-
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -10,10 +10,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import BIOBERT
 
 import convert_weights
 import train
+from minibert.config import BIOBERT
 from minibert.folder import load_model, read_tensors, save_model
 from minibert.model import BertForMaskedLM
 from minibert.prepare import prepare

@@ -13,7 +13,7 @@ from ledger_toys import EVERY_RECIPE, TOY, followed, ledger_of, run_of, toy_ledg
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import train
-from minibert.config import BertConfig
+from minibert.config import BIOBERT, BertConfig
 from minibert.data.batches import GlobalBatch, MicroBatch
 from minibert.ledger import closed_form, counts, step
 from minibert.ledger.record import BACKWARD, LOSSES, STUDENT, TEACHER, Ledger
@@ -151,7 +151,7 @@ def test_no_product_goes_uncounted():
 
 
 def test_the_parameters_of_models_of_published_size():
-    biobert = step.BIOBERT
+    biobert = BIOBERT
     student = dataclasses.replace(biobert, num_hidden_layers=6)
     tiny = dataclasses.replace(
         biobert, num_hidden_layers=4, hidden_size=312, intermediate_size=1_200
@@ -165,7 +165,7 @@ def test_the_parameters_of_models_of_published_size():
     assert sum(closed_form.parameters(tiny).values()) == 13_903_756
 
 
-@pytest.mark.parametrize("config", [TOY, step.BIOBERT])
+@pytest.mark.parametrize("config", [TOY, BIOBERT])
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = BertForMaskedLM(config)
@@ -179,7 +179,7 @@ def test_parameters_are_those_of_the_model(config):
 def test_the_step_of_compactbiobert_at_its_published_size():
     """192 sequences of 256 tokens; what the README says."""
     run = run_of("compactbiobert", batch_size=192, max_length=256, micro_batch_tokens=4096)
-    flops = expected(run, step.BIOBERT)
+    flops = expected(run, BIOBERT)
     phases: Counter = Counter()
     for (phase, _), count in flops.items():
         phases[phase] += count
@@ -207,7 +207,7 @@ def test_the_step_of_compactbiobert_at_its_published_size():
 def test_biobert_by_shapes_alone(recipe, ops):
     """BioBERT's sizes; in the quick run of two layers."""
     layers = 2 if (recipe, ops) == ("compactbiobert", "fused") else 12
-    config = dataclasses.replace(step.BIOBERT, num_hidden_layers=layers)
+    config = dataclasses.replace(BIOBERT, num_hidden_layers=layers)
     run = run_of(recipe, ops=ops, batch_size=2, max_length=11)
     found = closed_form.flops_by_part(ledger_of(run, config, shapes_only=True).operations)
     assert found == expected(run, config)

@@ -14,9 +14,9 @@ import torch
 from ledger_toys import EVERY_RECIPE, asked_in, ledger_of, run_of, toy_ledger
 
 import train
+from minibert.config import BIOBERT
 from minibert.ledger import step
 from minibert.ledger.record import STUDENT, Ledger, Operation
-from minibert.ledger.step import BIOBERT
 from minibert.ops.tiles import IN_CACHE
 from minibert.ops.vocabulary import LOGITS_AT_ONCE
 

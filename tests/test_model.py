@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import BIOBERT, TOY_CONFIG
+from conftest import TOY_CONFIG
 from torch import nn
 
+from minibert.config import BIOBERT
 from minibert.model import BertForMaskedLM, EncoderLayer
 from minibert.ops import plain
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -44,27 +45,39 @@ def test_the_file_map_is_complete():
     assert mapped == {path for path in there if not path.endswith("__init__.py")}
 
 
+COMMANDS = [
+    "train.py",
+    "convert_weights.py",
+    "-m minibert.prepare",
+    "-m minibert.download",
+    "-m minibert.audit",
+    "-m minibert.report",
+    "-m minibert.evaluate",
+    "-m minibert.fill_mask",
+    "-m minibert.finetune",
+]
+OF_OTHERS = {"--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-id", "--rdzv-backend"}
+OF_OTHERS |= {"--rdzv-endpoint", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
+OF_OTHERS |= {"--cpus-per-task", "--time", "--index-url"}  # torchrun's, sbatch's and pip's
+
+
+@cache
+def help_of(command: str) -> str:
+    script = [str(ROOT / part) if part.endswith(".py") else part for part in command.split()]
+    printed = run(["python", *script, "--help"], ROOT)
+    assert printed.returncode == 0
+    return printed.stdout
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
 def test_every_flag_exists():
-    known = FLAGS | {"--tokenizer", "--json", "--to-hf", "--local-dir", "--held-out", "--help"}
-    known |= {"--plot"}  # of benchmarks/losses.py
-    known |= {"--files", "--update", "--base-url"}  # of minibert.download
-    known |= {"--stdin-format", "--section-labels", "--title-only", "--workers", "--skip-bad-files"}
-    known |= {"--print-recipe"}  # of train.py, and no setting of a run
-    known |= {"--top"}  # of minibert.fill_mask
-    known |= {"--seeds"}  # of minibert.finetune
-    known |= {"--meta", "--html", "--precision", "--forward"}  # of minibert.audit
-    known |= {"--batch", "--length", "--by"}
-    known |= {"--maps"}  # of minibert.report
-    known |= {"--nnodes", "--nproc-per-node", "--max-restarts"}  # of torchrun
-    known |= {"--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
-    known |= {
-        "--nodes",
-        "--ntasks-per-node",
-        "--gpus-per-node",
-        "--cpus-per-task",
-        "--time",
-    }  # of sbatch
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+    """In the text, of any of our commands; of the commands shown, tests below run each."""
+    ours = set().union(*(flags_in(help_of(each)) for each in [*COMMANDS, "benchmarks/losses.py"]))
+    assert flags_in(README) <= ours | OF_OTHERS
+    assert not ours & OF_OTHERS
 
 
 def test_the_flags_of_train_are_frozen():
@@ -79,25 +92,9 @@ def test_the_flags_of_train_are_frozen():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train.py",
-        "convert_weights.py",
-        "-m minibert.prepare",
-        "-m minibert.download",
-        "-m minibert.audit",
-        "-m minibert.report",
-        "-m minibert.evaluate",
-        "-m minibert.fill_mask",
-        "-m minibert.finetune",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_flag(command):
-    script = [str(ROOT / part) if part.endswith(".py") else part for part in command.split()]
-    printed = run(["python", *script, "--help"], ROOT)
-    assert printed.returncode == 0
-    entries = re.findall(r"^  (--[a-z-]+.*(?:\n {10,}.*)*)", printed.stdout, flags=re.MULTILINE)
+    entries = re.findall(r"^  (--[a-z-]+.*(?:\n {10,}.*)*)", help_of(command), flags=re.MULTILINE)
     assert entries
     for entry in entries:
         assert len(re.sub(r"^--[a-z-]+( [A-Z{][\w,.{}-]*)?", "", entry).split()) >= 2, entry

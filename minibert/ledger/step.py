@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from minibert.config import BertConfig
+from minibert.config import BIOBERT, BertConfig
 from minibert.data.batches import MASKED_SHARE, GlobalBatch, MicroBatch
 from minibert.errors import InputError
 from minibert.folder import CONFIG
@@ -26,14 +26,6 @@ from minibert.student import layers_to_follow, new_student
 from minibert.training.device import set_up_device
 from minibert.training.optimizer import build_optimizer
 
-BIOBERT = BertConfig(
-    vocab_size=28_996,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=3_072,
-)
-
 
 def our_train() -> ModuleType:
     """The train.py beside this package: a plain import would take one of the current folder."""
@@ -43,6 +35,7 @@ def our_train() -> ModuleType:
         return known
     spec = spec_from_file_location("train", path)
     module = module_from_spec(spec)
+    sys.modules.setdefault("train", module)
     spec.loader.exec_module(module)
     return module
 
