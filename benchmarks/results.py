@@ -85,8 +85,8 @@ def differences(study: dict[str, Any], variant: str, figure: str) -> list[float]
     ]
 
 
-def verdict(gaps: list[float]) -> str:
-    """Whether differences in KL are more than their spread lets one expect by chance.
+def verdict(gaps: list[float], below: str = "nearer", above: str = "farther") -> str:
+    """Whether differences, in KL, are more than their spread lets one expect by chance.
 
     That they are not does not say that there is none.
     """
@@ -95,7 +95,7 @@ def verdict(gaps: list[float]) -> str:
         return f"{len(gaps)} seeds"
     if abs(mean) <= T_5_PERCENT[len(gaps)] * deviation / len(gaps) ** 0.5:
         return "not told apart"
-    return "nearer" if mean < 0 else "farther"
+    return below if mean < 0 else above
 
 
 # The biomedical models.
@@ -141,6 +141,27 @@ def tasks_table(results: dict[str, Any]) -> Table:
     return rows
 
 
+def task_differences_table(results: dict[str, Any]) -> Table:
+    """How far each model's F1 is from that of `compactbiobert`'s student, over the seeds."""
+    tasks = results["tasks"]
+    titles = [title for task in tasks for title in (f"{task} F1", "verdict")]
+    rows = [["minus `compactbiobert`, seed by seed", *titles]]
+    for name in NAMES:
+        cells = []
+        for models in tasks.values():
+            if name == HEADLINE[0] or name not in models:
+                continue
+            base, other = (
+                dict(zip(models[each]["seeds"], models[each]["f1"]["values"], strict=True))
+                for each in (HEADLINE[0], name)
+            )
+            gaps = [other[seed] - base[seed] for seed in base if seed in other]
+            cells += [spread(gaps, digits=3), verdict(gaps, "lower", "higher")]
+        if cells:
+            rows.append([NAMES[name], *cells])
+    return rows
+
+
 # The pages.
 
 
@@ -155,6 +176,7 @@ def tables() -> dict[str, Table]:
         "same": differences_table(study, SAME),
         "pretraining": pretraining_table(biomedical),
         "tasks": tasks_table(biomedical),
+        "task_differences": task_differences_table(biomedical),
     }
 
 
