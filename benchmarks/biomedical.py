@@ -181,8 +181,8 @@ def tuned(run: FineTuning, _hours: float | None) -> None:
 
 def checked(flags: Any) -> Any:
     """Refuse at once what would be found after hours, or not at all."""
-    begin, shallow = flags.out / BEGIN, shape(flags).to_dict()
-    if begin.exists() and read_json(begin) != shallow:
+    begin, shallow = flags.out / BEGIN, shape(flags)
+    if begin.exists() and BertConfig.read(begin) != shallow:
         raise InputError(f"{begin}: of another --scale or vocabulary; another --out")
     names = [Path(data).name for _, data in flags.task]
     for kind, data in flags.task:
