@@ -236,7 +236,7 @@ def test_between_two_log_steps_it_is_counted_at_the_next(toy_run, world):
 
 def test_an_evaluation_that_is_not_finite_is_valid_json(toy_run, monkeypatch, capsys):
     figures = {"mlm_loss": math.nan, "mlm_accuracy": 0.0, "teacher_kl": math.inf}
-    monkeypatch.setattr(train_script, "evaluate", lambda *models: figures)
+    monkeypatch.setattr(train_script, "evaluate", lambda *models, **settings: figures)
     train(dataclasses.replace(toy_run, steps=2))
     for line in lines(toy_run):
         if "held_out_mlm_loss" in line:

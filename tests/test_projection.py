@@ -91,9 +91,9 @@ def test_a_run_goes_on_with_its_projection(toy_run, tmp_path):
 def test_evaluations_see_the_student_alone(toy_run, monkeypatch):
     seen = []
 
-    def watched(model, *arguments):
+    def watched(model, *arguments, **settings):
         seen.append(type(model))
-        return evaluate(model, *arguments)
+        return evaluate(model, *arguments, **settings)
 
     monkeypatch.setattr(train, "evaluate", watched)
     train.train(run_of("tinybiobert", toy_run, steps=2))

@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import BIOBERT
 from recipe_toys import TOY_STUDENT, run_of
 
 import train
-from minibert.config import BertConfig
+from minibert.config import BIOBERT, BertConfig
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.folder import load_model
