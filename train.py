@@ -74,8 +74,8 @@ def train(run: RunConfig) -> None:
         first_step, skipped = load_newest(run.out, student, optimizer)
         log = RunLog(run.out, first_step, run.steps)
         watch = NonfiniteWatch(run, batches, skipped)
-        learner, guide = forward_passes(student, teacher, run)
-        pupil = without_projection(student)
+        learner, guide = forward_passes(student, teacher, run)  # both as the steps run them
+        pupil = without_projection(student)  # the student as it is evaluated, and saved at last
         compare = partial(evaluate, pupil, held_out, teacher, combine=summed, quiet=rank() > 0)
         saved_at = time.monotonic()
         steps = range(first_step, run.steps)
@@ -90,6 +90,7 @@ def train(run: RunConfig) -> None:
                 watch.add(done, figures)
                 log.tokens += batch.num_tokens
                 save_due = time.monotonic() - saved_at >= 60 * run.save_minutes
+                # Asked in this order: of a signal in between, the next update knows.
                 end, status, keep = agreed(stop.is_made(), stop.status(), save_due)
                 keep = keep or end or done % run.save_every == 0 or done == run.steps
                 tell = done % run.log_every == 0 or done == run.steps
