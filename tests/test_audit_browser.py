@@ -13,7 +13,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import TOY_CONFIG
+from conftest import ROOT, TOY_CONFIG
 
 from minibert import audit
 from minibert.errors import run_command
@@ -34,7 +34,17 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 WIDE, NARROW = (1400, 1000), (360, 740)
-LINE = "minibert/model.py:126"  # a call of a module, and an operation of its own
+
+
+def line_of(file: str, code: str) -> str:
+    """The one line of a file of ours that holds this code, as the page names it."""
+    lines = enumerate((ROOT / file).read_text().splitlines(), start=1)
+    (number,) = [number for number, line in lines if code in line]
+    return f"{file}:{number}"
+
+
+# A call of a module, and an operation of its own:
+LINE = line_of("minibert/model.py", "intermediate = F.gelu(self.intermediate(")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +207,7 @@ def test_a_phase_changes_every_figure(opened, page):
         of_phases[phase] = calls(shown.row(LINE))
     assert of_phases["update"] == 0
     assert of_phases["student forward"] != of_phases["backward"] > 0
-    assert calls(shown.row("train.py:150")) > 0  # optimizer.step()
+    assert calls(shown.row(line_of("train.py", "optimizer.step()"))) > 0
     shown.find("#phases input[value=all]").click()
     assert calls(shown.row(LINE)) > sum(of_phases.values())  # the teacher's
     assert shown.find("#by-phase tbody tr").text.startswith("teacher forward")
@@ -209,7 +219,7 @@ def phase_number(shown, phase: str) -> int:
 
 def test_a_line_alone_or_with_what_it_calls(opened, page):
     shown = opened()
-    student = "train.py:190"
+    student = line_of("train.py", "learnt = student(")
     assert calls(shown.row(student)) > 0
     with_calls = calls(shown.row(LINE))
     shown.find("#counts input[value=own]").click()
@@ -227,10 +237,11 @@ def test_a_module_filters(opened, page):
     there = [e for e in page.ledger["operations"] if e["module"].startswith("student.layers.")]
     assert shown.status().startswith(f"{len(there):,} of ")
     assert shown.find("#unfilter").text == "student.layers ×"
-    assert calls(shown.row("train.py:197")) == 0  # the teacher
+    teacher = line_of("train.py", "taught = teacher(")
+    assert calls(shown.row(teacher)) == 0
     shown.find("#unfilter").click()
     assert not shown.find("#unfilter").is_displayed()
-    assert calls(shown.row("train.py:197")) > 0
+    assert calls(shown.row(teacher)) > 0
     (kind,) = [b for b in shown.all("#by-kind button") if b.text == "_VocabularyLoss"]
     kind.click()
     assert shown.find("#unfilter").text == "_VocabularyLoss ×"
