@@ -164,7 +164,7 @@ def refuse_another(run: FineTuning) -> None:
         wanted = values_of_flags(run) | {"model": sha256_of(run.model)}
         recorded = read_json(run.out / CONFIG)["identity"]
         for name in wanted:
-            if wanted[name] != recorded[name]:
+            if wanted[name] != recorded.get(name):
                 raise InputError(f"{run.out}: done with another {name}; another --out")
 
 
