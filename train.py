@@ -33,7 +33,12 @@ from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
 from minibert.run_config import RunConfig
 from minibert.student import Student, layers_to_follow, new_student, without_projection
 from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
-from minibert.training.device import out_of_memory_is_told, release_freed_memory, set_up_device
+from minibert.training.device import (
+    MICRO_BATCH_TOKENS,
+    out_of_memory_is_told,
+    release_freed_memory,
+    set_up_device,
+)
 from minibert.training.distributed import (
     agreed,
     exchange_at,
@@ -64,7 +69,8 @@ def train(run: RunConfig) -> None:
         device = set_up_device(run.device, local_rank())
         corpus = Corpus.open(run.data)
         student, teacher, run = build_models(run, corpus, device)
-        sizes = (run.max_length, run.micro_batch_tokens, run.batch_size)
+        at_once = run.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+        sizes = (run.max_length, at_once, run.batch_size)
         batches = Batches(corpus, *sizes, run.seed, rank(), world_size())
         held_out = batches.held_out(run.eval_documents)[rank() :: world_size()]
         optimizer = build_optimizer(student, run.weight_decay)
@@ -188,25 +194,26 @@ def loss_terms(
     mask = batch.attention_mask
     where = {"attention_mask": mask, "masked_positions": batch.masked_positions, "ops": ops}
     half = torch.bfloat16 if run.dtype == "bfloat16" else None
-    # Frozen sets, since torch.compile would take numbers in lists for sizes that vary.
-    student_maps = frozenset(i for i, _ in run.attention_pairs)
-    teacher_maps = frozenset(j for _, j in run.attention_pairs)
-    learnt = student(batch.input_ids, **where, keep=student_maps, dtype=half)
-    student_head = (learnt.head_output, student.decoder, student.decoder_bias)
-    teacher_head = (None, None, None)
-    hidden_sums, attention_sums = [], []
+    teacher_head, follow = (None, None, None), {}
     if teacher is not None:
         assert not teacher.training, "the teacher's dropout would make its targets noisy"
+        # A frozen set, since torch.compile would take numbers in a list for sizes that vary.
+        keep = frozenset(j for _, j in run.attention_pairs)
         with torch.inference_mode():
-            taught = teacher(batch.input_ids, **where, keep=teacher_maps)
+            taught = teacher(batch.input_ids, **where, keep=keep)
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
+        follow = {i: (taught.queries[j], taught.keys[j]) for i, j in run.attention_pairs}
+    learnt = student(
+        batch.input_ids, **where, dtype=half, follow=follow, map_loss=attention_map_loss
+    )
+    student_head = (learnt.head_output, student.decoder, student.decoder_bias)
+    attention_sums = [learnt.map_losses[i] for i, _ in run.attention_pairs]
+    hidden_sums = []
+    if teacher is not None:
         student_levels = (learnt.embedding_output, *learnt.hidden_states)
         teacher_levels = (taught.embedding_output, *taught.hidden_states)
         for i, j in run.hidden_pairs:
             hidden_sums.append(hidden_state_loss(student_levels[i], teacher_levels[j], mask))
-        for i, j in run.attention_pairs:
-            maps = (learnt.queries[i], learnt.keys[i], taught.queries[j], taught.keys[j])
-            attention_sums.append(attention_map_loss(*maps, mask))
     num_masked = max(1, whole.num_masked)
     weights = (run.mlm_weight / num_masked, run.output_weight / num_masked)
     vocabulary_loss, mlm_sum, output_sum = ops.vocabulary_loss(
@@ -293,7 +300,7 @@ def main() -> None:
             return
         (restarted,) = agreed(is_restart())
         run = from_rank_0(lambda: RunConfig.from_flags(given, restarted))
-        advice = f"try --micro-batch-tokens below {run.micro_batch_tokens}"
+        advice = f"try --micro-batch-tokens below {run.micro_batch_tokens or 'its default'}"
         try:
             with out_of_memory_is_told(advice):
                 train(run)

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,21 @@ def for_attention_with_dropout(like: Tensor, B: int, S: int) -> Call:
     return for_attention(like, B, S, probability=0.1)
 
 
+def for_attention_and_map_loss(like: Tensor, B: int, S: int) -> Call:
+    """As in training: with dropout, and both losses learn."""
+    student = [heads(like, B, S, learns=True) for _ in range(3)]
+    teacher = [heads(like, B, S) for _ in range(2)]
+    arguments = [*student, no_padding(like, B, S), 0.1, *teacher]
+    return Call(arguments, upstream=heads(like, B, S))
+
+
+def for_add_and_norm(like: Tensor, B: int, S: int) -> Call:
+    residual, values = (normal(like, B, S, H, learns=True) for _ in range(2))
+    weight, bias = (normal(like, H, learns=True) for _ in range(2))
+    upstream = normal(like, B, S, H)
+    return Call([residual, values, 0.1, weight, bias, 1e-12], upstream)
+
+
 def for_dropout(like: Tensor, B: int, S: int) -> Call:
     return Call([normal(like, B, S, H, learns=True), 0.1], upstream=normal(like, B, S, H))
 
@@ -120,13 +136,38 @@ ATTENTION_MAP_MSE = Operation(
 HIDDEN_STATE_MSE = Operation(
     "hidden_state_mse", plain.hidden_state_mse, fused.hidden_state_mse, for_hidden_state_loss
 )
-ATTENTION = Operation("attention", plain.attention, fused.attention, for_attention, has_maps=True)
+ATTENTION = Operation(
+    "attention",
+    plain.attention,
+    fused.attention,
+    for_attention,
+    has_maps=True,
+    has_kernels=True,
+)
 ATTENTION_WITH_DROPOUT = Operation(
     "attention with dropout",
     plain.attention,
     fused.attention,
     for_attention_with_dropout,
     has_maps=True,
+    has_kernels=True,
+    is_random=True,
+)
+ATTENTION_AND_MAP_LOSS = Operation(
+    "attention_and_map_loss",
+    plain.attention_and_map_loss,
+    fused.attention_and_map_loss,
+    for_attention_and_map_loss,
+    has_maps=True,
+    has_kernels=True,
+    is_random=True,
+)
+ADD_AND_NORM = Operation(
+    "add_and_norm",
+    plain.add_and_norm,
+    fused.add_and_norm,
+    for_add_and_norm,
+    has_kernels=True,
     is_random=True,
 )
 DROPOUT = Operation("dropout", plain.dropout, fused.dropout, for_dropout, is_random=True)
@@ -167,7 +208,8 @@ def quick_cases() -> list[Case]:
     cases += of_both_dtypes(ATTENTION_MAP_MSE, B=1, S=256)
     for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, ATTENTION, ATTENTION_WITH_DROPOUT):
         cases += of_both_dtypes(operation, B=1, S=256)
-    cases += of_both_dtypes(DROPOUT, B=1, S=256)
+    for operation in (ATTENTION_AND_MAP_LOSS, ADD_AND_NORM, DROPOUT):
+        cases += of_both_dtypes(operation, B=1, S=256)
     return cases
 
 
@@ -182,17 +224,19 @@ def all_cases() -> list[Case]:
         for S in (64, 256, 512, 1024, 2048, 4096):
             cases += of_both_dtypes(operation, B=1, S=S)
     for S in (64, 256, 1024, 2048):
-        for operation in (ATTENTION, ATTENTION_WITH_DROPOUT):
+        for operation in (ATTENTION, ATTENTION_WITH_DROPOUT, ATTENTION_AND_MAP_LOSS):
             cases += of_both_dtypes(operation, B=1, S=S)
-    for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, DROPOUT):
+    for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, ADD_AND_NORM, DROPOUT):
         cases += of_both_dtypes(operation, B=8, S=256)
     return cases
 
 
 def cases_of_a_step(B: int, S: int) -> list[Case]:
     """The sizes of a micro-batch, an eighth of whose positions are masked: M."""
-    cases = of_both_dtypes(ATTENTION_MAP_LOSS, B=B, S=S)
-    cases += of_both_dtypes(VOCABULARY_LOSS, M=B * S // 8, V=BIOBERT_V)
-    for operation in (HIDDEN_STATE_LOSS, ATTENTION, ATTENTION_WITH_DROPOUT, DROPOUT):
-        cases += of_both_dtypes(operation, B=B, S=S)
-    return cases
+    over_tokens = (
+        ATTENTION_MAP_LOSS, ATTENTION_AND_MAP_LOSS, ADD_AND_NORM, HIDDEN_STATE_LOSS, ATTENTION,
+        ATTENTION_WITH_DROPOUT, DROPOUT,
+    )  # fmt: skip
+    cases = [Case(VOCABULARY_LOSS, {"M": B * S // 8, "V": BIOBERT_V}, torch.bfloat16)]
+    cases += [Case(operation, {"B": B, "S": S}, torch.bfloat16) for operation in over_tokens]
+    return cases + [dataclasses.replace(case, dtype=torch.float32) for case in cases]

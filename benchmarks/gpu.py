@@ -1,6 +1,7 @@
 """Everything there is to measure on a GPU, in one call of less than eight minutes.
 
     python benchmarks/gpu.py --out gpu.json
+    python benchmarks/gpu.py --out gpu.json --data CORPUS --minutes 4 --eager
 
 1. Every Triton kernel is held to the plain formula in float64 (correctness.py), a toy's step to
    that with plain operations, and a resumed run to one not interrupted (step_correctness.py). If
@@ -33,10 +34,10 @@ from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.files import write_json
 from minibert.flags import number
 from minibert.recipes import RECIPES
-from minibert.training.device import set_up_device
+from minibert.training.device import MICRO_BATCH_TOKENS, set_up_device
 
-LOSSES_END, STEP_END, COMPILED_END = 170, 370, 460  # seconds from the beginning
-ROUNDS, WARMUP = 4, 2
+LOSSES_END, STEP_END, COMPILED_END = 0.55, 0.8, 0.97  # shares of the time there is
+ROUNDS, WARMUP = 4, 1
 LENGTH = 256
 STEPS_OF_THE_PAPER = RECIPES["compactbiobert"].steps
 
@@ -44,8 +45,8 @@ STEPS_OF_THE_PAPER = RECIPES["compactbiobert"].steps
 class Report:
     """What is known so far, in a file."""
 
-    def __init__(self, path: Path, known: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, known: dict[str, Any], seconds: float):
+        self.path, self.seconds = path, seconds  # that there are
         self.known = known | {"skipped": []}
         self.began = time.monotonic()
 
@@ -60,6 +61,10 @@ class Report:
     def age(self) -> float:
         """Seconds since the beginning."""
         return time.monotonic() - self.began
+
+    def left(self, share: float) -> float:
+        """Seconds until such a share of the time is over."""
+        return max(0.0, share * self.seconds - self.age())
 
 
 def check_correctness(report: Report, device: torch.device) -> None:
@@ -85,7 +90,7 @@ def measure_losses(report: Report, batch: int, device: torch.device) -> None:
     print(losses.HEADING)
     rows = []
     for case in cases_of_a_step(batch, LENGTH) + all_cases():
-        if report.age() > LOSSES_END:
+        if not report.left(LOSSES_END):
             report.skip(f"{case.operation.name} {case.sizes} {case.dtype}")
             continue
         for row in losses.measure(case, device):
@@ -101,8 +106,10 @@ def measure_step(
     """Part 3."""
     tell("3. updates")
     precision = torch.get_float32_matmul_precision()
-    work = Work(BIOBERT, data, batch, LENGTH, batch * LENGTH, device, precision)
-    limits = (max(0, end - report.age()) for end in (STEP_END, COMPILED_END))
+    at_once = MICRO_BATCH_TOKENS["cuda"]  # as train.py has it
+    work = Work(BIOBERT, data, batch, LENGTH, at_once, device, precision)
+    compiled = any(variant.compiled for variant in variants)
+    limits = (report.left(STEP_END if compiled else COMPILED_END), report.left(COMPILED_END))
     measured = step.measure(work, variants, ROUNDS, WARMUP, *limits)
     print(step.table(measured))
     rate = measured["matrix_gflops"]["bfloat16"]
@@ -128,6 +135,8 @@ def main() -> None:
     )
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("gpu.json"))
     parser.add_argument("--data", metavar="CORPUS", type=Path, help="corpus folder (else random)")
+    parser.add_argument("--eager", action="store_true", help="without ours compiled")
+    parser.add_argument("--minutes", type=number(float, 1), default=8.0, help="at most (8)")
     parser.add_argument(
         "--batch", type=number(int, 4), default=192, help=f"sequences of {LENGTH} tokens (192)"
     )
@@ -137,10 +146,12 @@ def main() -> None:
     if not installed("triton"):
         raise InputError("gpu.py needs Triton, which the kernels are written in")
     device = set_up_device("cuda")
-    quarter = {"micro_batch_tokens": flags.batch * LENGTH // 4}
-    in_four = ours("ours bfloat16, four micro-batches", BF16, tuned=True, settings=quarter)
-    variants = [*choose(None, device), in_four]
-    report = Report(flags.out, circumstances("gpu", device))
+    half = {"micro_batch_tokens": flags.batch * LENGTH // 2}
+    in_two = ours("ours bfloat16, two micro-batches", BF16, tuned=True, settings=half)
+    variants = [*choose(None, device), in_two]
+    if flags.eager:
+        variants = [variant for variant in variants if not variant.compiled]
+    report = Report(flags.out, circumstances("gpu", device), 60 * flags.minutes)
     check_correctness(report, device)
     measure_losses(report, flags.batch, device)
     with tempfile.TemporaryDirectory() as folder:

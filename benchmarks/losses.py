@@ -82,12 +82,13 @@ def call_once(variant: Variant, call: Call) -> Tensor:
     before, tiles.KERNELS = tiles.KERNELS, variant.kernels
     try:
         value = variant.function(*call.arguments)
-        if isinstance(value, tuple):  # the loss, and sums for the log
-            value = value[0]
-        value.backward(call.upstream)
+        values = value if isinstance(value, tuple) else (value,)
+        learnt_from = [part for part in values if part.requires_grad]  # not sums for the log
+        upstreams = [call.upstream if part.ndim > 0 else None for part in learnt_from]
+        torch.autograd.backward(learnt_from, upstreams)
     finally:
         tiles.KERNELS = before
-    return value.detach()
+    return values[0].detach()
 
 
 def learning(call: Call) -> list[Tensor]:

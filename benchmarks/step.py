@@ -6,11 +6,11 @@
 
 Every variant has a process of its own, so that its peak memory is its own. The processes take
 turns and only one computes at a time, so that a machine that is busy for a while is so for all. A
-turn is `--warmup` untimed updates, the timed ones, and a rest, in which the authors' side gives
-free memory back to the system (two updates later an allocator that keeps memory has it again).
-Building a batch is not timed, moving it to the device is. All variants begin with the same random
-weights and see the same documents and masks. A compiled variant takes its turns, on the same
-batches, after all others: what compiling takes is none of theirs.
+turn is `--warmup` untimed updates, the timed ones, one after the other as in a run, and a rest, in
+which the authors' side gives free memory back to the system (two updates later an allocator that
+keeps memory has it again). Building a batch is not timed, moving it to the device is. All variants
+begin with the same random weights and see the same documents and masks. A compiled variant takes
+its turns, on the same batches, after all others: what compiling takes is none of theirs.
 
 Peak memory on a CPU is all that a process has held: Python and its libraries, student, teacher (for
 ours in bfloat16 twice, as in a run, which evaluates with the float32 one), optimiser, and the gaps
@@ -57,11 +57,11 @@ from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.evaluate import check_fit
 from minibert.flags import number
-from minibert.run_config import RunConfig
-from minibert.training.device import set_up_device
+from minibert.training.device import MICRO_BATCH_TOKENS, set_up_device
 
 REFERENCE = "authors float32"  # the first variant where it is not among them
-TIMED_UPDATES = {"cpu": 1, "cuda": 5}  # of a turn
+TIMED_UPDATES = {"cpu": 1, "cuda": 3}  # of a turn
+TIMES_OURS = {"cpu": 1, "cuda": 4}  # ours goes over them so many times, as one is soon over
 
 
 # In the process of a variant.
@@ -78,40 +78,44 @@ def serve(pipe: Connection, work: Work, variant: Variant) -> None:
     pipe.send(torch.get_float32_matmul_precision())
     while True:
         untimed, timed = pipe.recv()
-        for step in untimed:
-            one_update(update, batches.at(step), step, work.device)
-        updates = [one_update(update, batches.at(step), step, work.device) for step in timed]
+        updates_of(update, [ready(batches.at(step), work.device) for step in untimed], work.device)
+        there = [ready(batches.at(step), work.device) for step in timed]
+        there *= TIMES_OURS[work.device.type] if variant.ours else 1
+        measured = updates_of(update, there, work.device)
         on_gpu = work.device.type == "cuda"
         if on_gpu or not variant.ours:
             give_memory_back()
-        seconds, page_faults, losses = zip(*updates, strict=True)
         peak = torch.cuda.max_memory_allocated() if on_gpu else peak_of_process()
-        pipe.send(
-            {
-                "seconds": mean(seconds),
-                "page_faults": mean(page_faults),
-                "loss": losses[-1],
-                "peak_mb": peak / 1e6,
-            }
-        )
+        pipe.send(measured | {"peak_mb": peak / 1e6})
 
 
-def one_update(
-    update: Callable[[GlobalBatch], Tensor], batch: GlobalBatch, step: int, device: torch.device
-) -> tuple[float, int, float]:
-    """Seconds, page faults and loss of one update."""
-    torch.manual_seed(step)
-    if device.type == "cuda":  # as a DataLoader would have it: copied without waiting
-        pinned = [MicroBatch(*(t.pin_memory() for t in part)) for part in batch.micro_batches]
-        batch = batch._replace(micro_batches=pinned)
+def ready(batch: GlobalBatch, device: torch.device) -> GlobalBatch:
+    """As a DataLoader would have it: for a GPU in memory that is copied without waiting."""
+    if device.type != "cuda":
+        return batch
+    pinned = [MicroBatch(*(t.pin_memory() for t in part)) for part in batch.micro_batches]
+    return batch._replace(micro_batches=pinned)
+
+
+def updates_of(
+    update: Callable[[GlobalBatch], Tensor], batches: Sequence[GlobalBatch], device: torch.device
+) -> dict[str, float]:
+    """Seconds and page faults of an update on average, and the last loss.
+
+    As in a run, nothing waits for a GPU between one update and the next.
+    """
+    torch.manual_seed(0)
+    loss = torch.zeros(())
     synchronize(device)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     start = time.perf_counter()
-    loss = update(batch)
+    for batch in batches:
+        loss = update(batch)
     synchronize(device)
     seconds = time.perf_counter() - start
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    return seconds, faults, loss.item()
+    count = max(1, len(batches))
+    return {"seconds": seconds / count, "page_faults": faults / count, "loss": loss.item()}
 
 
 # In the process that asks.
@@ -283,13 +287,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    count, tokens = number(int, 1), RunConfig.micro_batch_tokens
+    count = number(int, 1)
     parser.add_argument("--data", metavar="CORPUS", type=Path, help="corpus folder (else random)")
     parser.add_argument("--variants", metavar="NAME", nargs="+", help="these alone, by name")
     parser.add_argument("--batch", type=count, default=8, help="sequences of an update (8)")
     parser.add_argument("--length", type=number(int, 3), default=256, help="tokens of one (256)")
     parser.add_argument(
-        "--micro-batch-tokens", type=count, default=tokens, help=f"ours, as in train.py ({tokens})"
+        "--micro-batch-tokens", type=count, help="ours, as in train.py, and with its default"
     )
     parser.add_argument("--rounds", type=count, default=5, help="turns of every variant (5)")
     parser.add_argument("--warmup", type=count, default=2, help="untimed updates of a turn (2)")
@@ -302,7 +306,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = flags.data or write_random_corpus(Path(folder), BIOBERT.vocab_size)
         check_fit(Path("BioBERT"), BIOBERT, Corpus.open(data), flags.length)
-        sizes = (flags.batch, flags.length, flags.micro_batch_tokens)
+        tokens = flags.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+        sizes = (flags.batch, flags.length, tokens)
         work = Work(BIOBERT, data, *sizes, device, torch.get_float32_matmul_precision())
         report = measure(work, variants, flags.rounds, flags.warmup)
     print(table(report))

@@ -101,7 +101,7 @@ def main() -> None:
     add("--data", metavar="CORPUS", type=Path, help="corpus folder (else random)")
     add("--batch-size", type=count, default=192, help="sequences of an update (default: 192)")
     add("--max-length", type=number(int, 3), default=256, help="tokens of one (default: 256)")
-    add("--micro-batch-tokens", type=count, help="as in train.py (default: the whole batch)")
+    add("--micro-batch-tokens", type=count, help="as in train.py, and with its default")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--compile", action="store_true", help="as in train.py")
@@ -110,8 +110,6 @@ def main() -> None:
     flags = vars(parser.parse_args())
     minutes, data, file = (flags.pop(name) for name in ("minutes", "data", "json"))
     device = set_up_device(flags["device"])
-    whole = flags["batch_size"] * flags["max_length"]
-    flags["micro_batch_tokens"] = flags["micro_batch_tokens"] or whole
     with tempfile.TemporaryDirectory() as folder:
         data = data or write_random_corpus(Path(folder), BIOBERT.vocab_size)
         check_fit(Path("BioBERT"), BIOBERT, Corpus.open(data), flags["max_length"])

@@ -45,7 +45,7 @@ from minibert.ledger.record import Ledger, Operation
 from minibert.ledger.step import record_forward, record_step
 from minibert.progress import ProgressLine
 from minibert.run_config import RunConfig
-from minibert.training.device import out_of_memory_is_told
+from minibert.training.device import MICRO_BATCH_TOKENS, out_of_memory_is_told
 
 LARGEST_STEP = 1 << 24  # tokens; BERT was trained with 128,000 an update
 LINES_SHOWN, MODULES_SHOWN, WORST_SHOWN = 15, 12, 10
@@ -212,7 +212,7 @@ def parse_flags() -> Namespace:
     add("--batch", default=2, **count, help="sequences of the step (default: 2)")
     length = {"type": number(int, 3), "metavar": "N"}
     add("--length", default=16, **length, help="tokens of a sequence (default: 16)")
-    at_once = f"tokens that go through at once (default: {RunConfig.micro_batch_tokens})"
+    at_once = f"tokens that go through at once (default: {MICRO_BATCH_TOKENS['cpu']})"
     add("--micro-batch-tokens", **count, help=at_once)
     dtype = "in which the layers compute (default: float32)"
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help=dtype)
@@ -251,7 +251,7 @@ def checked(flags: Namespace) -> Namespace:
     flags.recipe = flags.recipe or recipe_at("compactbiobert")
     if flags.forward:
         flags.micro_batch_tokens = flags.batch * flags.length
-    flags.micro_batch_tokens = flags.micro_batch_tokens or RunConfig.micro_batch_tokens
+    flags.micro_batch_tokens = flags.micro_batch_tokens or MICRO_BATCH_TOKENS["cpu"]
     return flags
 
 

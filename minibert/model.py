@@ -11,8 +11,8 @@ Weights keep their own dtype; a product is of the dtype of what comes in. So a m
 weights computes in bfloat16 when its forward is asked to (`dtype`), and the gradient is float32.
 """
 
-from collections.abc import Collection
-from types import ModuleType
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from minibert.config import BertConfig
 from minibert.ops import plain
 
+NOBODY: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({})  # to follow
+
 
 class EncoderOutput(NamedTuple):
     """What the layers computed."""
@@ -30,6 +32,7 @@ class EncoderOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...]  # L of (B, S, H): the output of each layer
     queries: dict[int, Tensor]  # layer -> (B, N, S, D), for the layers named in `keep`
     keys: dict[int, Tensor]  # layer -> (B, N, S, D), for the same layers
+    map_losses: dict[int, Tensor]  # layer -> (), for the layers that `follow` a teacher's
 
 
 class MaskedLMOutput(NamedTuple):
@@ -39,15 +42,16 @@ class MaskedLMOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...]  # L of (B, S, H)
     queries: dict[int, Tensor]  # layer -> (B, N, S, D)
     keys: dict[int, Tensor]  # layer -> (B, N, S, D)
+    map_losses: dict[int, Tensor]  # layer -> ()
     head_output: Tensor  # (M, H): the head's transform at the masked positions
 
 
 class Linear(nn.Linear):
     """x W^T + b, with weight and bias rounded to the dtype of x."""
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, ops: ModuleType = plain) -> Tensor:
         """values (..., in); returns (..., out)."""
-        return F.linear(values, self.weight.to(values.dtype), self.bias.to(values.dtype))
+        return ops.linear(values, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -57,6 +61,16 @@ class LayerNorm(nn.LayerNorm):
         """rows (..., H); returns the same shape."""
         weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)  # (H,)
         return F.layer_norm(rows, self.normalized_shape, weight, bias, self.eps)
+
+
+class AddAndNorm(LayerNorm):
+    """LayerNorm of a sum: of what came in and what a half of a layer has made of it."""
+
+    def forward(
+        self, residual: Tensor, values: Tensor, dropout: float, ops: ModuleType = plain
+    ) -> Tensor:
+        """residual, values (B, S, H), dropout: of the values; returns (B, S, H)."""
+        return ops.add_and_norm(residual, values, dropout, self.weight, self.bias, self.eps)
 
 
 class Embeddings(nn.Module):
@@ -76,11 +90,11 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         """input_ids (B, S), token_type_ids (B, S) or None for all 0; returns (B, S, H)."""
         S = input_ids.shape[1]
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)  # (B, S)
-        embeddings = self.word_embeddings(input_ids)  # (B, S, H)
-        embeddings = embeddings + self.position_embeddings.weight[:S]  # (B, S, H) + (S, H)
-        embeddings = embeddings + self.token_type_embeddings(token_type_ids)  # (B, S, H)
+        token_types = self.token_type_embeddings.weight[0]  # (H,)
+        if token_type_ids is not None:
+            token_types = self.token_type_embeddings(token_type_ids)  # (B, S, H)
+        places = self.position_embeddings.weight[:S] + token_types  # (S, H), or (B, S, H)
+        embeddings = self.word_embeddings(input_ids) + places  # (B, S, H)
         dropout = self.hidden_dropout if self.training else 0.0
         return ops.dropout(self.layer_norm(embeddings), dropout)  # (B, S, H)
 
@@ -98,34 +112,47 @@ class EncoderLayer(nn.Module):
         self.key = Linear(H, H)
         self.value = Linear(H, H)
         self.attention_output = Linear(H, H)
-        self.attention_layer_norm = LayerNorm(H, eps=config.layer_norm_eps)
+        self.attention_layer_norm = AddAndNorm(H, eps=config.layer_norm_eps)
         self.intermediate = Linear(H, I)
         self.output = Linear(I, H)
-        self.output_layer_norm = LayerNorm(H, eps=config.layer_norm_eps)
+        self.output_layer_norm = AddAndNorm(H, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden_state: Tensor, attention_mask: Tensor, ops: ModuleType = plain
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        hidden_state: Tensor,
+        attention_mask: Tensor,
+        ops: ModuleType = plain,
+        followed: tuple[Tensor, Tensor] | None = None,
+        map_loss: Callable[..., Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """hidden_state (B, S, H), attention_mask (B, S), 1 = real.
 
-        Returns the layer's output (B, S, H), and its query and key (B, N, S, D).
+        followed: a teacher's query and key (B, N, S, its D), with which `map_loss` compares.
+        Returns the layer's output (B, S, H), its query and key (B, N, S, D), and that loss.
         """
         B, S, H = hidden_state.shape
         N, D = self.num_attention_heads, H // self.num_attention_heads
         attention_dropout = self.attention_dropout if self.training else 0.0
         hidden_dropout = self.hidden_dropout if self.training else 0.0
 
-        query = self.query(hidden_state).view(B, S, N, D).transpose(1, 2)  # (B, N, S, D)
-        key = self.key(hidden_state).view(B, S, N, D).transpose(1, 2)  # (B, N, S, D)
-        value = self.value(hidden_state).view(B, S, N, D).transpose(1, 2)  # (B, N, S, D)
-        context = ops.attention(query, key, value, attention_mask, attention_dropout)
+        linears = ((each.weight, each.bias) for each in (self.query, self.key, self.value))
+        query, key, value = (
+            projection.view(B, S, N, D).transpose(1, 2)  # (B, N, S, D)
+            for projection in ops.projections(hidden_state, *linears)  # (B, S, H)
+        )
+        attended = (query, key, value, attention_mask, attention_dropout)
+        if followed is None:
+            context, loss = ops.attention(*attended), None  # (B, N, S, D)
+        else:  # the loss of the maps needs the scores that attention makes
+            context, loss = ops.attention_and_map_loss(*attended, *followed, map_loss)
         context = context.transpose(1, 2).reshape(B, S, H)  # (B, S, H)
-        attended = ops.dropout(self.attention_output(context), hidden_dropout)  # (B, S, H)
-        hidden_state = self.attention_layer_norm(hidden_state + attended)  # (B, S, H)
+        context = self.attention_output(context, ops)  # (B, S, H)
+        hidden_state = self.attention_layer_norm(hidden_state, context, hidden_dropout, ops)
 
-        intermediate = F.gelu(self.intermediate(hidden_state))  # (B, S, I)
-        output = ops.dropout(self.output(intermediate), hidden_dropout)  # (B, S, H)
-        return self.output_layer_norm(hidden_state + output), query, key
+        intermediate = F.gelu(self.intermediate(hidden_state, ops))  # (B, S, I)
+        output = self.output(intermediate, ops)  # (B, S, H)
+        hidden_state = self.output_layer_norm(hidden_state, output, hidden_dropout, ops)
+        return hidden_state, query, key, loss  # (B, S, H), (B, N, S, D) twice, ()
 
 
 class BertModel(nn.Module):
@@ -156,12 +183,16 @@ class BertModel(nn.Module):
         keep: Collection[int] = (),
         dtype: torch.dtype | None = None,
         ops: ModuleType = plain,
+        follow: Mapping[int, tuple[Tensor, Tensor]] = NOBODY,
+        map_loss: Callable[..., Tensor] | None = None,
     ) -> EncoderOutput:
         """Run embeddings and layers; `keep` names the layers whose queries and keys are returned.
 
         input_ids, attention_mask (1 = real), token_type_ids (B, S); dtype: of all that follows the
         embeddings, None for that of the weights; ops: whose attention and dropout, `ops.plain` or
-        `ops.fused`. Raises ValueError where the sequence is longer than the model has positions.
+        `ops.fused`; follow: for some layers the query and key of the teacher's that they are
+        compared with, by `map_loss`. Raises ValueError where the sequence is longer than the model
+        has positions.
         """
         S, longest = input_ids.shape[1], self.config.max_position_embeddings
         if longest < S:
@@ -170,13 +201,18 @@ class BertModel(nn.Module):
         if dtype is not None:
             embedding_output = embedding_output.to(dtype)
         hidden_state = embedding_output
-        hidden_states, queries, keys = [], {}, {}
+        hidden_states, queries, keys, map_losses = [], {}, {}, {}
         for number, layer in enumerate(self.layers):
-            hidden_state, query, key = layer(hidden_state, attention_mask, ops)  # (B, S, H)
+            followed = follow.get(number)
+            hidden_state, query, key, loss = layer(
+                hidden_state, attention_mask, ops, followed, map_loss
+            )  # (B, S, H), (B, N, S, D) twice, ()
             hidden_states.append(hidden_state)
+            if followed is not None:
+                map_losses[number] = loss
             if number in keep:
                 queries[number], keys[number] = query, key  # (B, N, S, D)
-        return EncoderOutput(embedding_output, tuple(hidden_states), queries, keys)
+        return EncoderOutput(embedding_output, tuple(hidden_states), queries, keys, map_losses)
 
     forward = encode
 
@@ -193,9 +229,9 @@ class MaskedLMHead(nn.Module):
         self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_rows: Tensor) -> Tensor:
+    def forward(self, hidden_rows: Tensor, ops: ModuleType = plain) -> Tensor:
         """hidden_rows (M, H); returns (M, H)."""
-        return self.layer_norm(F.gelu(self.dense(hidden_rows)))
+        return self.layer_norm(F.gelu(self.dense(hidden_rows, ops)))
 
 
 class BertForMaskedLM(BertModel):
@@ -215,17 +251,20 @@ class BertForMaskedLM(BertModel):
         keep: Collection[int] = (),
         dtype: torch.dtype | None = None,
         ops: ModuleType = plain,
+        follow: Mapping[int, tuple[Tensor, Tensor]] = NOBODY,
+        map_loss: Callable[..., Tensor] | None = None,
     ) -> MaskedLMOutput:
-        """input_ids, attention_mask (1 = real), token_type_ids (B, S); keep, dtype, ops: `encode`.
+        """input_ids, attention_mask (1 = real), token_type_ids (B, S); the others as in `encode`.
 
         masked_positions (M,) are indices into the B * S positions, row after row; None is all of
         them. Only there does the head run: 15 % of the positions are 15 % of the work.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, keep, dtype, ops)
+        settings = (keep, dtype, ops, follow, map_loss)
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, *settings)
         hidden_rows = encoded.hidden_states[-1].flatten(0, 1)  # (B * S, H)
         if masked_positions is not None:
-            hidden_rows = hidden_rows[masked_positions]  # (M, H)
-        return MaskedLMOutput(*encoded, head_output=self.head(hidden_rows))
+            hidden_rows = hidden_rows.index_select(0, masked_positions)  # (M, H)
+        return MaskedLMOutput(*encoded, head_output=self.head(hidden_rows, ops))
 
     @property
     def decoder(self) -> Tensor:

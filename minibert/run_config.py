@@ -42,8 +42,11 @@ class RunConfig:
     )
     steps: int | None = setting(None, "updates in all", type=number(int, 1))
     batch_size: int | None = setting(None, "sequences in one update", type=number(int, 1))
-    micro_batch_tokens: int = setting(
-        4096, "tokens, padding included, that go through the models at once", type=number(int, 1)
+    micro_batch_tokens: int | None = setting(
+        None,
+        "tokens, padding included, that go through the models at once "
+        "(default: 4096, on a GPU 49152)",
+        type=number(int, 1),
     )
     max_length: int | None = setting(None, "tokens of a sequence", type=number(int, 3))
     learning_rate: float | None = setting(

@@ -24,6 +24,8 @@ OPERATIONS = (
     cases.ATTENTION,
     cases.ATTENTION_WITH_DROPOUT,
     cases.DROPOUT,
+    cases.ATTENTION_AND_MAP_LOSS,
+    cases.ADD_AND_NORM,
 )
 
 
@@ -230,7 +232,7 @@ def test_without_a_gpu_its_benchmark_says_so(monkeypatch, capsys, tmp_path):
 
 def test_what_there_is_no_time_for_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "LOSSES_END", -1)
-    report = gpu.Report(tmp_path / "gpu.json", {"benchmark": "gpu"})
+    report = gpu.Report(tmp_path / "gpu.json", {"benchmark": "gpu"}, 60.0)
     gpu.measure_losses(report, 192, CPU)
     report.add()
     known = json.loads((tmp_path / "gpu.json").read_text())

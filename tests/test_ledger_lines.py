@@ -9,7 +9,16 @@ from ledger_toys import EVERY_RECIPE, asked_in, ledger_of, run_of, source, toy_l
 from ledger_toys import WatchfulLedger as Watchful
 
 import train
-from minibert.ledger.record import BACKWARD, LOSSES, PHASES, STUDENT, TEACHER, UPDATE
+from minibert.ledger.record import (
+    BACKWARD,
+    LOSSES,
+    PHASES,
+    STUDENT,
+    TEACHER,
+    UPDATE,
+    Ledger,
+    Operation,
+)
 
 BACKWARD_CALL = "(loss * world_size()).backward()"
 
@@ -54,38 +63,73 @@ def test_backward_leads_back_to_the_forward_line(recipe, ops):
             assert of_root or (of_leaf and operation.module.startswith("student."))
 
 
-@pytest.mark.parametrize("ops", ["fused", "plain"])
-@pytest.mark.parametrize("recipe", EVERY_RECIPE)
-def test_each_weight_has_its_products_in_its_module(recipe, ops):
-    """Told by shapes: in a module with a matrix (out, in), forward multiplies by its transpose, and
-    backward makes a gradient of its shape and one of its input, by the line that multiplied.
-    """
-    run, ledger = run_of(recipe, ops=ops), toy_ledger(recipe, ops)
-    weights = {
+def matrices(ledger: Ledger) -> dict[str, tuple[int, int]]:
+    """Module of the student -> shape of its matrix, (out, in)."""
+    found = {
         name: tuple(module.weight.shape)
         for module, name in ledger._names.items()
         if name.startswith("student.") and type(module).__name__ == "Linear"
     }
-    assert len(weights) >= 2 * 6 + 1
+    assert len(found) >= 2 * 6 + 1
+    return found
+
+
+def check_products(operations: list[Operation], shape: tuple[int, int], times: int) -> None:
+    """Forward multiplies by the transpose of a matrix of this shape, and backward makes a gradient
+    of its shape and one of its input, by the line that multiplied; and no more.
+    """
+    forward = [o for o in operations if o.phase == STUDENT]
+    made = [o.outputs[0][0] for o in operations if o.phase == BACKWARD]
+    assert [o.inputs[-1][0] for o in forward] == times * [shape[::-1]]
+    assert sum(gradient == shape for gradient in made) == times
+    assert sum(gradient != shape for gradient in made) == times
+    assert len(operations) == 3 * times
+    for operation in operations:
+        assert source(operation.line).startswith("return F.linear(values, weight.to(")
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_each_weight_has_its_products_in_its_module(recipe, ops):
+    """But for those that are multiplied in one go, by their layer."""
+    run, ledger = run_of(recipe, ops=ops), toy_ledger(recipe, ops)
     levels = len(run.recipe.student and run.recipe.hidden_pairs((1, 3)))  # uses of the projection
-    for name, (rows, columns) in weights.items():
-        times = 3 * (levels if name.endswith("projection") else 1)  # micro-batches
+    for name, shape in matrices(ledger).items():
         here = [o for o in ledger.operations if o.module == name and o.flops]
-        forward = [o for o in here if o.phase == STUDENT]
-        backward = [o for o in here if o.phase == BACKWARD]
-        assert [o.inputs[-1][0] for o in forward] == times * [(columns, rows)]
-        made = [o.outputs[0][0] for o in backward]
-        assert sum(shape == (rows, columns) for shape in made) == times
-        assert sum(shape != (rows, columns) for shape in made) == times
+        if name.endswith((".query", ".key", ".value")):
+            assert here == []
+        else:
+            times = 3 * (levels if name.endswith("projection") else 1)  # micro-batches
+            check_products(here, shape, times)
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_query_key_and_value_have_their_products_in_their_layer(recipe, ops):
+    """Beside those of attention and of the loss of its maps, which are asked for as such."""
+    ledger = toy_ledger(recipe, ops)
+    weights = matrices(ledger)
+    layers = [name.removesuffix(".query") for name in weights if name.endswith(".query")]
+    assert len(layers) == (4 if recipe == "mlm" else 2)
+    for layer in layers:
+        (shape,) = {weights[f"{layer}.{name}"] for name in ("query", "key", "value")}
+        here = [o for o in ledger.operations if o.module == layer and o.flops]
+        projections = [o for o in here if asked_in(o, "in ops.projections(hidden_state, *linears)")]
+        check_products(projections, shape, times=3 * 3)  # matrices, micro-batches
         for operation in here:
-            assert source(operation.line).startswith("return F.linear(values, self.weight")
+            if operation not in projections:
+                within = operation.function in ("_Attention", "_AttentionMapLoss")
+                assert within or asked_in(operation, "ops.attention")
 
 
 def test_phases_come_in_their_order():
-    """Teacher after student, three micro-batches one after another, one update at the end."""
+    """Student after teacher, within its layers the losses of their maps; three micro-batches one
+    after another, one update at the end.
+    """
     phases = [operation.phase for operation in toy_ledger("compactbiobert").operations]
     order = [p for i, p in enumerate(phases) if i == 0 or phases[i - 1] != p]
-    once = [STUDENT, TEACHER, LOSSES, BACKWARD, LOSSES]  # the figures for the log
+    layers = 2 * [STUDENT, LOSSES]
+    once = [TEACHER, *layers, STUDENT, LOSSES, BACKWARD, LOSSES]  # the figures for the log
     assert order == [*once, *once, *once, UPDATE]
     assert set(order) < set(PHASES)
 

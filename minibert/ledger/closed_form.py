@@ -173,16 +173,16 @@ def flops_by_part(operations: Iterable[Operation]) -> Counter[Part]:
 
 def part_of(operation: Operation) -> str:
     """The part of the step that asked for an operation, or ""."""
+    for file, number in operation.lines:  # first, for a loss of maps is asked for by a layer
+        for name, spans in _losses().items():
+            if any(file == where and number in lines for where, lines in spans):
+                return name
     names = operation.module.split(".")
     for i, name in enumerate(names):
         if name in ("embeddings", "head", "projection"):
             return name
         if name == "layers":
             return ".".join(names[i : i + 2])
-    for file, number in operation.lines:
-        for name, spans in _losses().items():
-            if any(file == where and number in lines for where, lines in spans):
-                return name
     return ""
 
 

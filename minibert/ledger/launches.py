@@ -22,28 +22,43 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from minibert.ledger.counts import Cost, Traffic, size_in_bytes
 
-MODULE = "minibert.ops.kernels"
+PACKAGE = "minibert.ops.kernels"
 
 
 class Kernel(NamedTuple):
-    """What there is to know of a kernel in `kernels.py`."""
+    """What there is to know of a kernel."""
 
+    file: str  # of PACKAGE
     name: str  # in the ledger
-    written: tuple[int, ...]  # which of its arguments
-    read_too: tuple[int, ...]  # which of those it also reads
+    written: tuple[int, ...]  # which of its arguments, where they are not None
     flops: Callable[..., int]
 
 
-def _map_loss_flops(student_query: Tensor, _: Tensor, teacher_query: Tensor, *__: Any) -> int:
-    """The scores of both models."""
-    B, N, S, D = student_query.shape
-    return 2 * B * N * S * S * (D + teacher_query.shape[-1])
+def _products(
+    student: int, of_values: int, query: Tensor, value: Tensor | None, teacher: Tensor | None
+) -> int:
+    """FLOPs of so many products over all pairs with the student's queries and keys, so many with
+    its values, and the teacher's scores, where there are values and a teacher.
+    """
+    B, S, N, D = query.shape
+    widths = student * D + (0 if value is None else of_values * D)
+    widths += 0 if teacher is None else teacher.shape[-1]
+    return 2 * B * N * S * S * widths
 
 
-def _map_gradient_flops(student_rows: Tensor, teacher_rows: Tensor, *_: Any) -> int:
-    """The scores of both models once more, and one gradient."""
-    B, N, S, D = student_rows.shape
-    return 2 * B * N * S * S * (2 * D + teacher_rows.shape[-1])
+def _forward_flops(query: Tensor, _: Tensor, value: Any, teacher: Any, *__: Any) -> int:
+    """Scores, and P V."""
+    return _products(1, 1, query, value, teacher)
+
+
+def _query_gradient_flops(query: Tensor, _: Tensor, value: Any, teacher: Any, *__: Any) -> int:
+    """Scores once more and dQ; dP."""
+    return _products(2, 1, query, value, teacher)
+
+
+def _key_gradient_flops(query: Tensor, _: Tensor, value: Any, teacher: Any, *__: Any) -> int:
+    """Scores once more and dK; dP and dV."""
+    return _products(2, 2, query, value, teacher)
 
 
 def _no_flops(*_: Any) -> int:
@@ -51,28 +66,38 @@ def _no_flops(*_: Any) -> int:
     return 0
 
 
+ATTENTION, NORM, LOSSES = "attention_maps", "norm_rows", "loss_rows"
 KERNELS = {
-    "_map_loss_kernel": Kernel("triton.map_loss", (5, 6, 7), (), _map_loss_flops),
-    "_map_gradient_kernel": Kernel("triton.map_gradient", (8,), (), _map_gradient_flops),
-    "_cosine_rows_kernel": Kernel("triton.cosine_rows", (2, 4), (), _no_flops),
-    "_vocabulary_rows_kernel": Kernel("triton.vocabulary_rows", (0, 5, 6), (0,), _no_flops),
+    "_forward_kernel": Kernel(ATTENTION, "attention", (8, 9, 10, 11), _forward_flops),
+    "_query_gradient_kernel": Kernel(ATTENTION, "query_gradient", (13, 14), _query_gradient_flops),
+    "_key_gradient_kernel": Kernel(ATTENTION, "key_gradient", (13, 14), _key_gradient_flops),
+    "_add_and_norm_kernel": Kernel(NORM, "add_and_norm", (5, 6, 7), _no_flops),
+    "_add_and_norm_gradient_kernel": Kernel(
+        NORM, "add_and_norm_gradient", (7, 8, 9, 10), _no_flops
+    ),
+    "_cosine_kernel": Kernel(LOSSES, "cosine", (3,), _no_flops),
+    "_cosine_gradient_kernel": Kernel(LOSSES, "cosine_gradient", (4,), _no_flops),
+    "_column_sums_kernel": Kernel(LOSSES, "column_sums", (1,), _no_flops),
+    "_vocabulary_rows_kernel": Kernel(LOSSES, "vocabulary_rows", (5, 6, 7), _no_flops),
 }
 
 
 @contextmanager
 def launches_told(note: Callable[..., None], timed: bool) -> Iterator[None]:
     """In here every launch is passed on to `note` (of a Ledger)."""
-    kernels = sys.modules.get(MODULE)  # it is imported where there is a GPU and Triton
-    if kernels is None and torch.cuda.is_available() and find_spec("triton"):
-        kernels = import_module(MODULE)
-    originals = {} if kernels is None else {name: getattr(kernels, name) for name in KERNELS}
-    for name, kernel in originals.items():
-        setattr(kernels, name, _Told(kernel, KERNELS[name], note, timed))
+    there = PACKAGE in sys.modules  # it is imported where there is a GPU and Triton
+    if not there and torch.cuda.is_available() and find_spec("triton"):
+        there = import_module(PACKAGE) is not None
+    originals = {}
+    for name, description in KERNELS.items() if there else ():
+        module = sys.modules[f"{PACKAGE}.{description.file}"]
+        originals[module, name] = kernel = getattr(module, name)
+        setattr(module, name, _Told(kernel, description, note, timed))
     try:
         yield
     finally:
-        for name, kernel in originals.items():
-            setattr(kernels, name, kernel)
+        for (module, name), kernel in originals.items():
+            setattr(module, name, kernel)
 
 
 class _Told:
@@ -94,11 +119,11 @@ class _Told:
         return launch
 
     def _tell(self, arguments: tuple[Any, ...], seconds: float | None) -> None:
-        name, written, read_too, flops = self.description
+        _, name, written, flops = self.description
         tensors = {i: value for i, value in enumerate(arguments) if isinstance(value, Tensor)}
-        results = [tensors[i] for i in written]
-        read = [value for i, value in tensors.items() if i not in written or i in read_too]
+        results = list({id(tensors[i]): tensors[i] for i in written if i in tensors}.values())
+        read = [value for i, value in tensors.items() if i not in written]
         moved = Traffic(read, results, [])
         count = (sum(map(size_in_bytes, part)) for part in (read, results))
         cost = Cost(flops(*arguments), *count, seconds)
-        self.note(name, list(arguments), results, moved, cost)
+        self.note(f"triton.{name}", list(arguments), results, moved, cost)

@@ -29,7 +29,10 @@ FIRST = (  # in README's order; the others follow by name
     "minibert/ops/fused.py",
     "minibert/ops/vocabulary.py",
     "minibert/ops/tiles.py",
-    "minibert/ops/kernels.py",
+    "minibert/ops/kernels/attention_maps.py",
+    "minibert/ops/kernels/norm_rows.py",
+    "minibert/ops/kernels/loss_rows.py",
+    "minibert/ops/kernels/draws.py",
     "minibert/student.py",
 )
 SHAPES_TOLD = 4  # of one kind of tensor after the other; AdamW is given hundreds

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert.ledger.counts import Cost, Traffic, bytes_moved, flops, tensors_in, traffic
 from minibert.ledger.launches import launches_told
+from minibert.recipes import ATTENTION_LOSSES
 
 FORWARD, TEACHER, STUDENT, LOSSES, BACKWARD, UPDATE = PHASES = (
     "forward",  # of a model that is not trained
@@ -190,12 +191,13 @@ class Ledger(TorchDispatchMode):
         return BACKWARD, origin.module, function, lines if function else origin.lines + lines
 
     def _phase(self, frames: list[FrameType]) -> str:
-        """The phase of an operation outside of backward."""
-        if self._inside:
+        """The phase of an operation outside of backward; a loss of maps is asked for in layers."""
+        names = {frame.f_code.co_name for frame in frames}
+        if self._inside and names.isdisjoint(ATTENTION_LOSSES.values()):
             model = self._inside[0].split(".")[0]
             return {"teacher": TEACHER, "student": STUDENT}.get(model, FORWARD)
         began = bool(self.operations) and self.operations[-1].phase == UPDATE
-        is_update = began or any(frame.f_code.co_name in UPDATES for frame in frames)
+        is_update = began or not names.isdisjoint(UPDATES)
         return UPDATE if is_update else LOSSES
 
     def _note_saved(self, tensor: Tensor) -> Tensor:

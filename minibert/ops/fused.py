@@ -13,26 +13,89 @@ of a tile.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from minibert.ops import plain
 from minibert.ops.plain import SHORTEST
 from minibert.ops.tiles import in_cache, kernels_for, precise, precise_dtype, scaled, tiles
 from minibert.ops.vocabulary import vocabulary_loss
 
 __all__ = [
+    "add_and_norm",
     "attention",
+    "attention_and_map_loss",
     "attention_map_loss",
     "attention_map_mse",
     "dropout",
     "hidden_state_loss",
     "hidden_state_mse",
+    "linear",
+    "projections",
     "vocabulary_loss",
 ]
+
+
+def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b, as `plain.linear`."""
+    return projections(values, (weight, bias))[0]
+
+
+def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Several linear maps of the same values, as `plain.projections`.
+
+    On a GPU they are one product. Of float32 weights that learn from half precisions the gradients
+    are the float32 sums, not rounded in between.
+    """
+    weights, biases = zip(*linears, strict=True)
+    if not values.is_cuda or values.dtype not in (torch.bfloat16, torch.float16):
+        return plain.projections(values, *linears)
+    return _joint_projections(values, len(linears), *weights, *biases)
+
+
+@torch.compiler.disable
+def _joint_projections(*inputs: Any) -> tuple[Tensor, ...]:
+    return _Projections.apply(*inputs)
+
+
+class _Projections(Function):
+    """Y = X W^T + b:    dX = dY W,    dW = dY^T X,    db = sum of the rows of dY."""
+
+    @staticmethod
+    def forward(ctx, values, number, *weights_and_biases):
+        weights, biases = weights_and_biases[:number], weights_and_biases[number:]
+        sizes = [len(weight) for weight in weights]
+        joint = torch.cat(weights) if number > 1 else weights[0]
+        weight = joint.to(values.dtype)  # (out, in)
+        bias = torch.cat(biases) if number > 1 else biases[0]
+        ctx.save_for_backward(values, *weight.split(sizes))
+        return F.linear(values, weight, bias.to(values.dtype)).split(sizes, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstreams):
+        values, *weights = ctx.saved_tensors
+        rows = values.flatten(0, -2)  # (n, in)
+        upstreams = [upstream.flatten(0, -2) for upstream in upstreams]  # (n, out) each
+        kernels = kernels_for(values)
+        column_sums = _column_sums if kernels is None else kernels.column_sums
+        d_rows = upstreams[0] @ weights[0]  # (n, in)
+        for upstream, weight in zip(upstreams[1:], weights[1:], strict=True):
+            d_rows.addmm_(upstream, weight)
+        d_weights = [torch.mm(each.T, rows, out_dtype=torch.float32) for each in upstreams]
+        d_biases = [column_sums(each) for each in upstreams]
+        return d_rows.view(values.shape), None, *d_weights, *d_biases
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """The sum over rows (n, out) in float32: (out,)."""
+    return rows.sum(0, dtype=torch.float32)
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -74,6 +137,18 @@ def _kept(shape: torch.Size, probability: float, dtype: torch.dtype) -> tuple[Te
     return kept, 2**16 / (2**16 - dropped)
 
 
+def add_and_norm(
+    residual: Tensor, values: Tensor, probability: float, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm(residual + dropout(values)), as `plain.add_and_norm`.
+
+    By Triton neither the sum nor the mask of dropout is ever in memory.
+    """
+    if kernels := kernels_for(values):
+        return kernels.add_and_norm(residual, values, probability, weight, bias, eps)
+    return plain.add_and_norm(residual, dropout(values, probability), 0.0, weight, bias, eps)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, dropout: float
 ) -> Tensor:
@@ -84,6 +159,8 @@ def attention(
     its maps fit into the cache while they are worked on, and its padding is not computed (the
     context there is 0). Two maps of each sequence, 2 B N S^2 values, are kept for backward.
     """
+    if kernels := _attention_kernels(query):
+        return kernels.attention(query, key, value, attention_mask, dropout)
     if dropout > 0 and not query.is_cuda:
         return _Attention.apply(query, key, value, attention_mask, dropout)
     real = attention_mask[:, None, None, :].bool()  # (B, 1, 1, S)
@@ -93,6 +170,11 @@ def attention(
         heads = tuple(map(precise, heads))
     context = F.scaled_dot_product_attention(*heads, attn_mask=real, dropout_p=dropout)
     return context.to(query.dtype)
+
+
+def _attention_kernels(query: Tensor) -> ModuleType | None:
+    """Triton's attention, of half precisions: torch's takes a third of its time in float32."""
+    return None if query.dtype == torch.float32 else kernels_for(query)
 
 
 class _Attention(Function):
@@ -152,8 +234,8 @@ def attention_map_loss(
 ) -> Tensor:
     """KL of the attention maps of one layer, as `plain.attention_map_loss`; memory linear in S."""
     models = (student_query, student_key, teacher_query, teacher_key)
-    if kernels_for(student_query) is not None:
-        return _AttentionMapLossByKernels.apply(*models, attention_mask)
+    if kernels := kernels_for(student_query):
+        return kernels.attention_map_loss(*models, attention_mask)
     return _AttentionMapLoss.apply(*models, attention_mask, _kl_of_rows)
 
 
@@ -242,34 +324,35 @@ def _squares_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return square_sum, weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
 
 
-class _AttentionMapLossByKernels(Function):
-    """The same by Triton, which forms the derivative in backward, from the rows' log-sum-exps."""
+def attention_and_map_loss(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    map_loss: Callable[..., Tensor] = attention_map_loss,
+) -> tuple[Tensor, Tensor]:
+    """Attention and a loss of its maps, as `plain.attention_and_map_loss`.
 
-    @staticmethod
-    def forward(ctx, student_query, student_key, teacher_query, teacher_key, attention_mask):
-        models = (student_query, student_key, teacher_query, teacher_key)
-        kernels = kernels_for(student_query)
-        kl_sum, *log_sums = kernels.attention_map_loss_forward(*models, attention_mask)
-        ctx.save_for_backward(student_query, student_key)
-        # What was made in inference mode cannot be saved in the usual way.
-        ctx.constants = (teacher_query, teacher_key, attention_mask, *log_sums)
-        ctx.gradients = kernels.attention_map_loss_backward
-        return kl_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        gradients = ctx.gradients(*ctx.saved_tensors, *ctx.constants, upstream)
-        return *gradients, None, None, None
+    By Triton the KL costs attention one product more, the teacher's scores, forward and backward.
+    """
+    kernels = _attention_kernels(query)
+    if kernels is not None and map_loss is attention_map_loss:
+        heads = (query, key, value, attention_mask, dropout)
+        return kernels.attention_and_map_loss(*heads, teacher_query, teacher_key)
+    context = attention(query, key, value, attention_mask, dropout)
+    return context, map_loss(query, key, teacher_query, teacher_key, attention_mask)
 
 
 def hidden_state_loss(
     student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
 ) -> Tensor:
     """Sum over real tokens of 1 - cosine, as `plain.hidden_state_loss`."""
-    kernels = kernels_for(student_hidden)
-    loss_of_rows = _cosine_rows if kernels is None else kernels.cosine_rows
-    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask, loss_of_rows)
+    if kernels := kernels_for(student_hidden):
+        return kernels.hidden_state_loss(student_hidden, teacher_hidden, attention_mask)
+    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask, _cosine_rows)
 
 
 def hidden_state_mse(

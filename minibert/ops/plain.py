@@ -8,6 +8,7 @@ Sums are float32 (float64 for float64 inputs). Which losses, and why: Rohanian e
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,33 @@ def attention(
 def dropout(values: Tensor, probability: float) -> Tensor:
     """Zero each value with `probability`, scale the rest up so that the expectation stays."""
     return F.dropout(values, probability)
+
+
+def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b: values (..., in), weight (out, in), bias (out,); returns (..., out).
+
+    Weight and bias are rounded to the dtype of the values.
+    """
+    return F.linear(values, weight.to(values.dtype), bias.to(values.dtype))
+
+
+def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Several linear maps of the same values: weight and bias of each, as in `linear`."""
+    return tuple(linear(values, weight, bias) for weight, bias in linears)
+
+
+def add_and_norm(
+    residual: Tensor, values: Tensor, probability: float, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm(residual + dropout(values)), what follows each half of an encoder layer.
+
+    residual, values (..., H); probability: of dropout, 0 at evaluation; weight, bias (H,), rounded
+    to the rows' dtype. Returns (..., H): each row of the sum brought to mean 0 and variance 1,
+    times weight, plus bias (Vaswani et al. 2017, section 5.4; Ba et al., arXiv 1607.06450).
+    """
+    total = residual + dropout(values, probability)  # (..., H)
+    weight, bias = weight.to(total.dtype), bias.to(total.dtype)  # (H,)
+    return F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
 def vocabulary_loss(
@@ -141,6 +169,25 @@ def attention_map_mse(
     teacher_probs = attention_scores(teacher_query, teacher_key, attention_mask).softmax(-1)
     padding_rows = attention_mask[:, None, :, None] == 0  # (B, 1, S, 1)
     return (student_probs - teacher_probs).square().masked_fill(padding_rows, 0).sum()
+
+
+def attention_and_map_loss(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    map_loss: Callable[..., Tensor] = attention_map_loss,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and a loss of its maps beside a teacher's: two results of the same scores.
+
+    Arguments as in those two; map_loss is `attention_map_loss` or `attention_map_mse`. Returns the
+    context (B, N, S, D) and the loss, a scalar.
+    """
+    context = attention(query, key, value, attention_mask, dropout)
+    return context, map_loss(query, key, teacher_query, teacher_key, attention_mask)
 
 
 def hidden_state_loss(

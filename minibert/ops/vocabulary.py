@@ -3,7 +3,8 @@
 As in `fused.py`: formed with their gradient tile by tile, so that the logits of all masked
 positions never exist at once; on a GPU with Triton the rows of a tile are those of `kernels.py`.
 
-Shapes: H hidden, V vocabulary, M masked positions; r rows of a tile.
+Shapes: H hidden, V vocabulary, W width of a row of logits (at least V), M masked positions; r rows
+of a tile.
 """
 
 import torch
@@ -23,6 +24,8 @@ from minibert.ops.tiles import (
 )
 
 LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
+LOGITS_AT_ONCE_ON_GPU = 2**27
+ALIGNED = 64  # a GPU's matrix units are fed three times as fast by rows of so many elements
 DECODER_AT_ONCE = 2**22  # elements of a decoder that are rounded, or given a gradient, at once
 
 
@@ -64,25 +67,31 @@ class _VocabularyLoss(Function):
         sums = head.new_zeros(2, dtype=precise_dtype(head))  # mlm, output
         kernels = kernels_for(head)
         vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
-        columns = list(tiles(*decoder.shape, at_once(decoder, DECODER_AT_ONCE)))
         d_head = torch.zeros_like(head, dtype=precise_dtype(head))
         d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
-        decoder = decoder.to(head.dtype)  # as every weight in a product
-        for rows in tiles(len(head), V, LOGITS_AT_ONCE):
-            logits, teacher_logits = _logits(head[rows], decoder, columns), None  # (r, V)
+        aligned = 1 if kernels is None else ALIGNED
+        decoder = _as_factor(decoder, head.dtype, aligned)  # (W, H)
+        if teacher_head is not None:
+            teacher_decoder = _as_factor(teacher_decoder, teacher_head.dtype, aligned)  # (W, H)
+        columns = list(tiles(*decoder.shape, at_once(decoder, DECODER_AT_ONCE)))
+        for rows in tiles(len(head), V, LOGITS_AT_ONCE_ON_GPU if head.is_cuda else LOGITS_AT_ONCE):
+            logits, teacher_logits = _logits(head[rows], decoder, columns), None  # (r, W)
             if teacher_head is not None:
-                teacher_logits = _logits(teacher_head[rows], teacher_decoder, columns)  # (r, V)
+                teacher_logits = _logits(teacher_head[rows], teacher_decoder, columns)  # (r, W)
+            d_logits = logits  # in place, but for a GPU's products rounded at once
+            if kernels is not None:
+                d_logits = torch.empty_like(logits, dtype=head.dtype)
             models = (logits, teacher_logits, bias, teacher_bias)
-            mlm, output = vocabulary_rows(*models, labels[rows], *weights)  # (r,)
+            mlm, output = vocabulary_rows(*models, labels[rows], d_logits, *weights)  # (r,)
             if teacher_entropy and teacher_head is not None:
                 entropy = _entropy_rows(teacher_logits, teacher_bias, labels[rows], temperature)
                 output = output + temperature**2 * entropy
             sums += torch.stack([mlm.sum(), output.sum()])
-            d_bias += logits.sum(0)  # they are overwritten by their gradient
-            d_logits = logits.to(head.dtype)  # (r, V)
+            d_bias += d_logits.sum(0, dtype=sums.dtype)[:V]
+            d_logits = d_logits.to(head.dtype)  # (r, W)
             for part in columns:
                 d_head[rows] += d_logits[:, part] @ decoder[part]
-                d_decoder[part] += d_logits[:, part].T @ head[rows]
+                d_decoder[part] += (d_logits[:, part].T @ head[rows])[: V - part.start]
         ctx.save_for_backward(d_head.to(head.dtype), d_decoder, d_bias)
         mlm_sum, output_sum = sums.unbind()
         ctx.mark_non_differentiable(mlm_sum, output_sum)
@@ -97,6 +106,19 @@ class _VocabularyLoss(Function):
         return *gradients, *[None] * 8
 
 
+def _as_factor(decoder: Tensor, dtype: torch.dtype, aligned: int) -> Tensor:
+    """The decoder (V, H) as it enters products: in `dtype`, and as (W, H) with rows of 0 from V on.
+
+    W, the width of a row of logits, is V rounded up to a multiple of `aligned`.
+    """
+    V, H = decoder.shape
+    if V % aligned == 0:
+        return decoder.to(dtype)
+    factor = decoder.new_zeros(V + -V % aligned, H, dtype=dtype)
+    factor[:V] = decoder
+    return factor
+
+
 def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
     """head (r, H), decoder (V, H) of one dtype; returns (r, V) in float32, without bias."""
     if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
@@ -108,11 +130,11 @@ def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
     return logits
 
 
-def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels,
+def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels, gradient,
                      temperature, mlm_weight, output_weight):  # fmt: skip
-    """Losses of each row, mlm (r,) and output (r,); the gradient replaces `logits` (r, V).
+    """Losses of each row, mlm (r,) and output (r,); their gradient is written to `gradient`.
 
-    logits float32 or float64; biases of any dtype.
+    logits (r, V), float32 or float64, and biases of any dtype; gradient (r, V) may be `logits`.
     """
     r, V = logits.shape
     T = temperature
@@ -123,15 +145,15 @@ def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels,
         z = logits[rows] + bias  # (rows, V)
         log_p = z.log_softmax(-1)
         mlm[rows] = -log_p.gather(1, labels[rows])
-        gradient = log_p.exp().mul_(mlm_weight)
-        gradient.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
+        d_logits = log_p.exp().mul_(mlm_weight)
+        d_logits.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
         if teacher_logits is not None:
             log_q = log_p if T == 1 else (z / T).log_softmax(-1)
             log_q_t = ((teacher_logits[rows] + teacher_bias) / T).log_softmax(-1)
             q_t = log_q_t.exp()
             output[rows] = T**2 * (q_t * (log_q_t - log_q)).sum(-1, keepdim=True)
-            gradient.add_(log_q.exp(), alpha=output_weight * T).sub_(q_t, alpha=output_weight * T)
-        logits[rows] = gradient.mul_(counts[rows])
+            d_logits.add_(log_q.exp(), alpha=output_weight * T).sub_(q_t, alpha=output_weight * T)
+        gradient[rows] = d_logits.mul_(counts[rows])
     return (mlm * counts).squeeze(1), (output * counts).squeeze(1)
 
 
@@ -143,6 +165,6 @@ def _entropy_rows(logits, bias, labels, temperature):
     """
     entropy = logits.new_zeros(len(logits))
     for rows in tiles(*logits.shape, in_cache(logits)):
-        log_q = ((logits[rows] + bias) / temperature).log_softmax(-1)  # (rows, V)
+        log_q = ((logits[rows, : len(bias)] + bias) / temperature).log_softmax(-1)  # (rows, V)
         entropy[rows] = -(log_q.exp() * log_q).sum(-1)
     return entropy * (labels != IGNORED_LABEL)

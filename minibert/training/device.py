@@ -9,6 +9,10 @@ import torch
 
 from minibert.errors import InputError
 
+# How many tokens go through the models at once where nobody says: a CPU's cache is small, and a GPU
+# waits for its next launch where there are few.
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 49_152}
+
 
 def set_up_device(name: str, number: int = 0) -> torch.device:
     """`auto` is the GPU where there is one; `cuda` without one, or without `number`: InputError.
