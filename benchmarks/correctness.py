@@ -1,58 +1,25 @@
 """Whether every Triton kernel, on this very GPU, gives what the plain formula gives in float64.
 
 Each value and gradient may err as much as the plain formula in the same precision, and a little
-more. The sizes are awkward, as in tests/test_kernels.py, and some are a model's. What dropout drops
-is first recovered through the kernels themselves; then the plain formulas drop the same.
+more. The sizes are awkward, as in tests/test_kernels.py, and some are a model's.
 
-Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, W width of a row of
-logits, m rows (masked positions or tokens).
+Shapes: B batch, S sequence, H hidden, V vocabulary, W width of a row of logits, m rows (masked
+positions or tokens).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
-from losses import relative_error
+from attention_correctness import LARGER_MAPS, SMALL_MAPS, check_attention
+from outcomes import SEED, Outcome, Row, compare, outcome
 from torch import Tensor
 
 from minibert.ops import kernels, plain
 from minibert.ops.kernels.draws import dropped_draws
 
-UPSTREAM = 0.37  # of each loss
-SEED = 7
-VALUE_TOLERANCE = 5e-6
-# In half precision a gradient is rounded before it is multiplied.
-GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
-MOST_STANDARD_DEVIATIONS = 4.5  # of the share that dropout drops
+UPSTREAM = 0.37  # of a loss
 
-
-class Maps(NamedTuple):
-    """Sizes of an attention, and the real positions of its sequences, in turn."""
-
-    B: int
-    N: int
-    S: int
-    D: int
-    teacher_D: int
-    dtype: torch.dtype
-    real: list[list[range]]
-    dropout: float = 0.0
-
-
-SMALL_MAPS = [
-    Maps(2, 3, 37, 26, 40, torch.float32, [[range(37)], [range(21)]], dropout=0.1),
-    Maps(2, 3, 33, 64, 26, torch.float32, [[range(9, 33)], [range(20), range(25, 30)]]),
-    Maps(2, 3, 1, 26, 64, torch.float32, [[range(1)]]),
-    Maps(2, 3, 70, 64, 64, torch.bfloat16, [[range(70)], [range(9)]], dropout=0.1),
-]
-LARGER_MAPS = [
-    Maps(2, 3, 101, 26, 26, torch.float32, [[range(35, 98)], [range(70, 101)]], dropout=0.2),
-    Maps(2, 3, 131, 64, 80, torch.bfloat16, [[range(66, 131)], [range(9), range(120, 130)]]),
-    Maps(2, 3, 70, 80, 26, torch.float16, [[range(70)], [range(3, 50)]], dropout=0.1),
-    Maps(24, 12, 256, 64, 64, torch.bfloat16, [[range(256)], [range(211)], [range(3)]], 0.1),
-    Maps(6, 12, 512, 64, 64, torch.bfloat16, [[range(512)], [range(411)]], dropout=0.1),
-]
 # m, H, dtype, dropout
 SMALL_NORMS = [
     (7, 37, torch.float32, 0.0),
@@ -82,9 +49,6 @@ ROW_DTYPES = [
 HIDDEN = [(3, 9, 37), (5, 43, 768)]  # B, S, H
 COLUMNS = [(0, 5), (301, 133), (5000, 768)]  # m, n
 
-Row = dict[str, Any]
-Outcome = list[Tensor]  # a value, or more, and gradients
-
 
 def check_all(device: torch.device, small: bool = False) -> Iterator[Row]:
     """One row for each value and gradient of each size, as JSON holds it; small: a few sizes."""
@@ -103,144 +67,6 @@ def check_all(device: torch.device, small: bool = False) -> Iterator[Row]:
         outcomes = ([kernels.column_sums(rows)], [rows.sum(0, dtype=torch.float32)])
         truth = [rows.double().sum(0)]
         yield from compare(f"column_sums {m} x {n}", rows.dtype, ["value"], *outcomes, truth)
-
-
-def compare(
-    what: str,
-    dtype: torch.dtype,
-    names: Sequence[str],
-    found: Outcome,
-    plains: Outcome,
-    truths: Outcome,
-) -> Iterator[Row]:
-    """Errors, and whether they are right; one that is not a number is not."""
-    for name, ours, theirs, truth in zip(names, found, plains, truths, strict=True):
-        rounded = name.startswith("d ") or name in ("context", "result")
-        tolerance = GRADIENT_TOLERANCE[dtype] if rounded else VALUE_TOLERANCE
-        error, plain_error = (relative_error([value], [truth]) for value in (ours, theirs))
-        yield {
-            "what": f"{what} {dtype}: {name}".replace("torch.", ""),
-            "error": error,
-            "allowed": plain_error + tolerance,
-            "right": error <= plain_error + tolerance,
-        }
-
-
-def outcome(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], dtype: torch.dtype
-) -> Outcome:
-    """What a function gives of these inputs in a dtype, and its gradients by them.
-
-    function: returns values, and last the scalar that gradients are of, which is not told.
-    """
-    leaves = [each.detach().to(dtype).requires_grad_() for each in inputs]
-    torch.manual_seed(SEED)
-    *values, scalar = function(*leaves)
-    gradients = torch.autograd.grad(scalar, leaves)
-    return [*(value.detach() for value in values), *gradients]
-
-
-# Attention and its maps.
-
-
-def check_attention(case: Maps, device: torch.device) -> Iterator[Row]:
-    """Attention, the loss of its maps, and both at once."""
-    torch.manual_seed(0)
-    B, N, S, D, teacher_D, dtype, _, dropout = case
-    mask, behind = masks(case, device)
-    student = [heads(B, N, S, D, dtype, device) for _ in range(3)]
-    teacher = [heads(B, N, S, teacher_D, dtype, device) for _ in range(2)]
-    d_context = heads(B, N, S, D, dtype, device) * mask[:, None, :, None]  # 0 in padding
-    kept, factor = torch.ones((), device=device), 1.0
-    if dropout > 0:
-        kept = recovered_mask(case, mask, device)
-        yield share_of_dropped(case, kept, mask)
-        factor = dropped_draws(dropout)[1]
-
-    def attention(query, key, value, ours):
-        if ours:
-            context = kernels.attention(query, key, value, mask, dropout)
-            assert not context.masked_select(behind).any()
-        else:
-            probs = plain.attention_scores(query, key, mask).softmax(-1) * kept * factor
-            context = probs.to(value.dtype) @ value
-        context = context.masked_fill(mask[:, None, :, None] == 0, 0)  # there, it is nobody's
-        return context, (context * d_context.to(context.dtype)).sum()
-
-    def map_loss(query, key, ours):
-        function = kernels.attention_map_loss if ours else plain.attention_map_loss
-        loss = function(query, key, *(part.to(query.dtype) for part in teacher), mask)
-        return loss, UPSTREAM * loss
-
-    def both(query, key, value, ours):
-        if not ours:
-            context, by_context = attention(query, key, value, ours)
-            loss, by_loss = map_loss(query, key, ours)
-            return context, loss, by_context + by_loss
-        # What stands behind the last real token is not read; the teacher's come as in a run.
-        query, key, value = (part.masked_fill(behind, math.nan) for part in (query, key, value))
-        with torch.inference_mode():
-            taught = [part.masked_fill(behind, math.nan) for part in teacher]
-        context, loss = kernels.attention_and_map_loss(query, key, value, mask, dropout, *taught)
-        scalar = (context * d_context.to(context.dtype)).sum() + UPSTREAM * loss
-        return context.masked_fill(mask[:, None, :, None] == 0, 0), loss, scalar
-
-    gradients = ("d query", "d key", "d value")
-    for function, inputs, names in (
-        (attention, student, ("context", *gradients)),
-        (map_loss, student[:2], ("value", *gradients[:2])),
-        (both, student, ("context", "value", *gradients)),
-    ):
-        outcomes = [
-            outcome(lambda *parts, f=function, o=ours: f(*parts, o), inputs, precision)
-            for ours, precision in ((True, dtype), (False, dtype), (False, torch.float64))
-        ]
-        sizes = f"{function.__name__} B {B} N {N} S {S} D {D}/{teacher_D} dropout {dropout}"
-        yield from compare(sizes, dtype, names, *outcomes)
-
-
-def masks(case: Maps, device: torch.device) -> tuple[Tensor, Tensor]:
-    """attention_mask (B, S), and what lies behind the last real token (B, 1, S, 1)."""
-    mask = torch.zeros(case.B, case.S, dtype=torch.long, device=device)
-    for b in range(case.B):
-        for positions in case.real[b % len(case.real)]:
-            mask[b, positions.start : positions.stop] = 1
-    behind = mask.flip(1).cumsum(1).flip(1) == 0
-    return mask, behind[:, None, :, None]
-
-
-def heads(B: int, N: int, S: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(B, N, S, D) as a model makes it, a view of (B, S, N, D)."""
-    return (1.5 * torch.randn(B, S, N, D, device=device)).to(dtype).transpose(1, 2)
-
-
-def recovered_mask(case: Maps, mask: Tensor, device: torch.device) -> Tensor:
-    """Which elements of the maps stay, (B, N, S, S): values of one 1 each show D columns a call."""
-    B, N, S, D = case[:4]
-    nothing = torch.zeros(B, N, S, D, dtype=case.dtype, device=device)
-    kept = torch.zeros(B, N, S, S, device=device)
-    for first in range(0, S, D):
-        columns = torch.arange(first, min(first + D, S), device=device)
-        value = torch.zeros_like(nothing)
-        value[:, :, columns, columns - first] = 1
-        torch.manual_seed(SEED)
-        context = kernels.attention(nothing, nothing, value, mask, case.dropout)
-        kept[..., columns] = (context[..., : len(columns)] > 0).float()
-    return kept
-
-
-def share_of_dropped(case: Maps, kept: Tensor, mask: Tensor) -> Row:
-    """How far that is from what it should be, in standard deviations."""
-    real = (mask[:, None, :, None] * mask[:, None, None, :]).expand_as(kept).bool()
-    elements = kept[real]
-    p = case.dropout
-    error = abs(1 - elements.mean().item() - p) / math.sqrt(p * (1 - p) / len(elements))
-    return {
-        "what": f"share of {len(elements)} that dropout {p} drops, standard deviations",
-        "error": error,
-        "allowed": MOST_STANDARD_DEVIATIONS,
-        "right": error <= MOST_STANDARD_DEVIATIONS,
-    }
 
 
 # Add & norm.

@@ -68,9 +68,9 @@ def _no_flops(*_: Any) -> int:
 
 ATTENTION, NORM, LOSSES = "attention_maps", "norm_rows", "loss_rows"
 KERNELS = {
-    "_forward_kernel": Kernel(ATTENTION, "attention", (8, 9, 10, 11), _forward_flops),
-    "_query_gradient_kernel": Kernel(ATTENTION, "query_gradient", (13, 14), _query_gradient_flops),
-    "_key_gradient_kernel": Kernel(ATTENTION, "key_gradient", (13, 14), _key_gradient_flops),
+    "forward_kernel": Kernel(ATTENTION, "attention", (8, 9, 10, 11), _forward_flops),
+    "query_gradient_kernel": Kernel(ATTENTION, "query_gradient", (13, 14), _query_gradient_flops),
+    "key_gradient_kernel": Kernel(ATTENTION, "key_gradient", (13, 14), _key_gradient_flops),
     "_add_and_norm_kernel": Kernel(NORM, "add_and_norm", (5, 6, 7), _no_flops),
     "_add_and_norm_gradient_kernel": Kernel(
         NORM, "add_and_norm_gradient", (7, 8, 9, 10), _no_flops

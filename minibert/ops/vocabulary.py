@@ -1,7 +1,7 @@
 """The fused losses over the vocabulary: cross-entropy with the labels, distance to the teacher.
 
 As in `fused.py`: formed with their gradient tile by tile, so that the logits of all masked
-positions never exist at once; on a GPU with Triton the rows of a tile are those of `kernels.py`.
+positions never exist at once; on a GPU with Triton the rows of a tile are those of `kernels/`.
 
 Shapes: H hidden, V vocabulary, W width of a row of logits (at least V), M masked positions; r rows
 of a tile.

@@ -3,7 +3,7 @@
 Shapes: H hidden, V vocabulary, m rows (tokens, masked positions of a tile). Sums are float32, and
 no two programs write to one place: the same inputs give the same bits.
 
-A softmax over tiles is that of `attention_maps.py`.
+A softmax over tiles is that of `attention_tiles.py`, of rows instead of tiles.
 """
 
 import torch
@@ -19,7 +19,7 @@ VOCABULARY_LAUNCH = {"num_warps": 8}
 COLUMN_SUM_PARTS = 128  # programs that share the rows of a column
 COLUMN_SUM_TILE = {"ROWS": 32, "COLUMNS": 128}
 
-LOWEST = tl.constexpr(-1e30)  # below every score, yet finite: the difference of two is 0, not NaN
+LOWEST = tl.constexpr(-1e30)  # below every logit, yet finite: the difference of two is 0, not NaN
 
 
 @triton.jit

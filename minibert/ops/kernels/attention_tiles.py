@@ -1,0 +1,61 @@
+"""What the kernels of attention share: rows of heads, tiles of scores, a softmax over tiles.
+
+Shapes: S sequence, D head size. Scores are in units of log 2, since a GPU exponentiates to base 2.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG_2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(-1e30)  # below every score, yet finite: the difference of two is 0, not NaN
+
+
+@triton.jit
+def load_rows(matrix, rows, row_stride, inside, D: tl.constexpr, D_TILE: tl.constexpr):
+    """Rows of a matrix (S, D) as (rows, D_TILE): 0 from column D on, and in rows not `inside`."""
+    columns = tl.arange(0, D_TILE)
+    places = matrix + rows[:, None] * row_stride + columns[None, :]
+    there = inside[:, None]
+    if D < D_TILE:
+        there = there & (columns < D)[None, :]
+    return tl.load(places, mask=there, other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, values, rows, row_stride, inside, D: tl.constexpr, D_TILE: tl.constexpr):
+    """The inverse of `load_rows`."""
+    columns = tl.arange(0, D_TILE)
+    places = matrix + rows[:, None] * row_stride + columns[None, :]
+    there = inside[:, None]
+    if D < D_TILE:
+        there = there & (columns < D)[None, :]
+    tl.store(places, values.to(matrix.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def product(left, right):
+    """left right^T with float32 sums; float32 is multiplied as such, never as TF32."""
+    return tl.dot(left, tl.trans(right), input_precision="ieee")
+
+
+@triton.jit
+def scores(left, right, D: tl.constexpr):
+    """left right^T / sqrt(D), in units of log 2."""
+    return product(left, right) * (D**-0.5 / LOG_2)
+
+
+@triton.jit
+def softmax_so_far(tile, largest, total):
+    """One more tile of scores of a softmax: exponentials relative to the largest score so far, what
+    earlier ones are rescaled by, the largest score and the sum with this tile.
+
+    (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., 2205.14135.) Tiles of padding before the
+    first real key add exp(LOWEST - LOWEST) = 1 a key to the sum; the first real key rescales that
+    by exp(LOWEST - largest) = 0.
+    """
+    new_largest = tl.maximum(largest, tl.max(tile, axis=1))
+    rescale = tl.exp2(largest - new_largest)
+    exponentials = tl.exp2(tile - new_largest[:, None])
+    return exponentials, rescale, new_largest, total * rescale + tl.sum(exponentials, axis=1)

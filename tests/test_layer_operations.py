@@ -1,0 +1,125 @@
+"""Linear maps, "add & norm", and attention with the loss of its maps, plain and fused.
+
+Against torch's own modules, and hand-written derivatives against autograd's.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minibert.ops import fused, plain
+from minibert.ops.projections import _Projections
+
+B, S, N, D, H = 3, 13, 2, 5, 10
+WIDTHS = (7, 4, 9)  # of three linear maps
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def linears() -> list[tuple[Tensor, Tensor]]:
+    """Weight (out, H) and bias (out,) of each."""
+    return [(normal(w, H, seed=w), normal(w, seed=100 + w)) for w in WIDTHS]
+
+
+def outcome(function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The function's values and, with fixed upstreams of a dtype, the gradients of its inputs."""
+    leaves = [part.detach().clone().requires_grad_() for part in inputs]
+    values = function(*leaves)
+    values = values if isinstance(values, tuple) else (values,)
+    upstreams = [
+        normal(*value.shape, seed=50 + i, dtype=dtype).to(value) for i, value in enumerate(values)
+    ]
+    torch.autograd.backward(values, upstreams)
+    return [*(value.detach() for value in values), *(leaf.grad for leaf in leaves)]
+
+
+def joint(values: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
+    """As fused.projections has it on a GPU: weights first, then biases."""
+    pairs = list(zip(weights_and_biases[::2], weights_and_biases[1::2], strict=True))
+    weights, biases = zip(*pairs, strict=True)
+    return _Projections.apply(values, len(pairs), *weights, *biases)
+
+
+def one_by_one(values: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
+    pairs = zip(weights_and_biases[::2], weights_and_biases[1::2], strict=True)
+    return plain.projections(values, *pairs)
+
+
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_projections_are_torchs_linear(ops):
+    values = normal(B, S, H, seed=1)
+    for (weight, bias), found in zip(linears(), ops.projections(values, *linears()), strict=True):
+        torch_s = nn.Linear(H, len(bias), dtype=torch.float64)
+        torch_s.load_state_dict({"weight": weight, "bias": bias})
+        torch.testing.assert_close(found, torch_s(values))
+        torch.testing.assert_close(ops.linear(values, weight, bias), torch_s(values))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_one_product_for_all_has_the_gradients_of_each(number, dtype):
+    """Those of the float32 weights at least as near to the truth as when they are rounded."""
+    parameters = [part.float() for pair in linears()[:number] for part in pair]
+    values = normal(B, S, H, seed=1, dtype=dtype)
+    rounded = [part.to(dtype).double() for part in (values, *parameters)]
+    truths = outcome(one_by_one, rounded, dtype)
+    plains, ours = (outcome(f, [values, *parameters], dtype) for f in (one_by_one, joint))
+    for truth, by_plain, found in zip(truths, plains, ours, strict=True):
+        assert found.dtype == by_plain.dtype and found.shape == by_plain.shape
+        errors = [(each.double() - truth).norm() / truth.norm() for each in (by_plain, found)]
+        rounding = torch.finfo(found.dtype).eps
+        # The gradient of the values is a sum of three products, each rounded.
+        assert errors[1] <= errors[0] + rounding
+        if found.dtype == torch.float32:
+            assert errors[1] < 1e-3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_add_and_norm_is_torchs_layer_norm_of_the_sum(ops):
+    residual, values = (normal(B, S, H, seed=seed) for seed in (1, 2))
+    weight, bias = normal(H, seed=3), normal(H, seed=4)
+    norm = nn.LayerNorm(H, eps=1e-3, dtype=torch.float64)
+    norm.load_state_dict({"weight": weight, "bias": bias})
+    found = ops.add_and_norm(residual, values, 0.0, weight, bias, 1e-3)
+    torch.testing.assert_close(found, norm(residual + values))
+
+
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_add_and_norm_drops_values_alone(ops):
+    """Where all values are dropped, what is left is the residual's norm."""
+    residual, values = normal(B, S, H, seed=1), torch.full((B, S, H), 1e9, dtype=torch.float64)
+    ones, zeros = torch.ones(H).double(), torch.zeros(H).double()
+    torch.manual_seed(0)
+    dropped = ops.add_and_norm(residual, values, 1 - 1e-5, ones, zeros, 0.0)
+    expected = plain.add_and_norm(residual, 0 * values, 0.0, ones, zeros, 0.0)
+    rows = torch.isclose(dropped, expected).all(-1)
+    assert rows.float().mean() > 0.9  # a value that stays is 1e14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("map_loss", ["attention_map_loss", "attention_map_mse"])
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_attention_and_map_loss_are_both(ops, map_loss, dtype):
+    query, key, value, query_t, key_t = (
+        normal(B, S, N, D, seed=seed, dtype=dtype).transpose(1, 2) for seed in range(5)
+    )
+    mask = (torch.arange(S) < torch.tensor([13, 4, 9])[:, None]).long()
+    loss_of_maps = getattr(ops, map_loss)
+
+    def together(query, key, value):
+        return ops.attention_and_map_loss(
+            query, key, value, mask, 0.0, query_t, key_t, loss_of_maps
+        )
+
+    def apart(query, key, value):
+        context = ops.attention(query, key, value, mask, 0.0)
+        return context, loss_of_maps(query, key, query_t, key_t, mask)
+
+    inputs = [query, key, value]
+    found, expected = (outcome(function, inputs, dtype) for function in (together, apart))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
