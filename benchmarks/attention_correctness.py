@@ -36,8 +36,9 @@ class Maps(NamedTuple):
 
 SMALL_MAPS = [
     Maps(2, 3, 37, 26, 40, torch.float32, [[range(37)], [range(21)]], dropout=0.1),
-    Maps(2, 3, 33, 64, 26, torch.float32, [[range(9, 33)], [range(20), range(25, 30)]]),
+    Maps(2, 3, 41, 64, 26, torch.float32, [[range(34, 41)], [range(20), range(25, 30)]]),
     Maps(2, 3, 1, 26, 64, torch.float32, [[range(1)]]),
+    Maps(2, 1, 19, 26, 40, torch.float16, [[range(19)], [range(2, 17)]], dropout=0.1),
     Maps(2, 3, 70, 64, 64, torch.bfloat16, [[range(70)], [range(9)]], dropout=0.1),
 ]
 LARGER_MAPS = [

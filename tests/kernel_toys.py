@@ -4,6 +4,7 @@ They run on the GPU where there is one, elsewhere in Triton's interpreter. Trito
 interpret when it is imported, and keeps to it: so that happens in a process of its own.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -60,6 +61,19 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def distance(value: torch.Tensor, truth: torch.Tensor) -> float:
     """The norm of the error, relative to the truth's (absolute where the truth is 0)."""
     return ((value.cpu().double() - truth).norm() / (truth.norm() or 1)).item()
+
+
+def assert_drawn_independently(dropped: torch.Tensor, probability: float) -> None:
+    """The share is right, and no two rows, columns, ... of the mask, near or far, are alike.
+
+    Within 4 standard deviations the one, within 5 each of the others, of which there are many.
+    """
+    draws = (dropped.double() - probability) / math.sqrt(probability * (1 - probability))
+    assert abs(draws.sum().item()) < 4 * math.sqrt(draws.numel())
+    for dim in range(draws.ndim):
+        slices = draws.movedim(dim, 0).flatten(1)  # (slices, elements of each)
+        correlations = (slices @ slices.T).triu(1) / math.sqrt(slices.shape[1])
+        assert correlations.abs().max() < 5
 
 
 def assert_no_worse(ours, plains, truth, tolerance):

@@ -3,7 +3,6 @@
 Values and gradients at awkward sizes are compared in test_kernels.py, with all that a GPU is asked.
 """
 
-import math
 from functools import partial
 
 import pytest
@@ -13,6 +12,7 @@ from kernel_toys import (
     INTERPRETED,
     ON_GPU,
     RUNS_HERE,
+    assert_drawn_independently,
     assert_no_worse,
     distance,
     normal,
@@ -23,6 +23,7 @@ from minibert.ops import fused, plain
 
 if RUNS_HERE:
     from minibert.ops import kernels
+    from minibert.ops.kernels import attention_maps
     from minibert.ops.kernels.draws import dropped_draws
 
 B, N, S, D, TEACHER_D = 2, 3, 37, 26, 40
@@ -78,8 +79,11 @@ class TestMapLoss:
         for gradient, expected in zip(ours, gradients, strict=True):
             assert distance(gradient, expected.cpu()) < 2e-3
 
-    def test_large_scores_do_not_overflow(self):
+    @pytest.mark.parametrize("below_0", [False, True])
+    def test_large_scores_do_not_overflow(self, below_0):
         maps = [12 * part for part in heads(D, D, TEACHER_D, TEACHER_D)]  # scores beyond 1,000
+        if below_0:  # all of them: padding must not outweigh even these
+            maps = [part.abs() if place % 2 else -part.abs() for place, part in enumerate(maps)]
         mask = mask_of([range(S)], [range(3, 21)])
         truths = map_loss(plain.attention_map_loss, doubles(maps), mask)
         plains = map_loss(plain.attention_map_loss, maps, mask)
@@ -205,23 +209,19 @@ class TestDropout:
             columns.append(context == 0)
         return torch.cat(columns, -1)[..., :S].cpu()
 
-    def test_the_share(self):
+    @pytest.mark.parametrize("probability", [0.1, 0.25, 0.6])
+    def test_draws_are_independent(self, probability):
+        """Of sequences, heads, rows and columns, those of other tiles included."""
         torch.manual_seed(1)
-        for probability in (0.1, 0.25, 0.6):
-            dropped = self.dropped(probability).double()
-            deviation = math.sqrt(probability * (1 - probability) / dropped.numel())
-            assert abs(dropped.mean().item() - probability) < 4 * deviation
+        assert_drawn_independently(self.dropped(probability), probability)
 
-    def test_neighbours_are_independent(self):
-        """Elements, rows, heads and sequences side by side: correlations within four deviations."""
-        torch.manual_seed(2)
-        dropped = (self.dropped().double() - 0.25) / math.sqrt(0.25 * 0.75)
-        for dim in range(4):
-            here, beside = (
-                dropped.narrow(dim, 0, dropped.shape[dim] - 1),
-                dropped.narrow(dim, 1, dropped.shape[dim] - 1),
-            )
-            assert abs((here * beside).sum().item()) < 4 * math.sqrt(here.numel())
+    def test_both_halves_of_the_seed_count(self, monkeypatch):
+        seeds = [(1 << 40) + 1, (1 << 40) + 2, (1 << 41) + 1]
+        masks = []
+        for seed in seeds:
+            monkeypatch.setattr(attention_maps, "draw_seed", lambda seed=seed: seed)
+            masks.append(self.dropped())
+        assert_drawn_independently(torch.stack(masks), 0.25)
 
     def test_draws_are_torchs(self):
         draws = []
@@ -272,12 +272,15 @@ class TestFusedByKernels:
     def test_each_by_its_own(self, called):
         query, key, value, query_t, key_t = heads(D, D, D, D, D, dtype=torch.bfloat16)
         mask = mask_of([range(S)], [range(21)])
-        context = fused.attention(query, key, value, mask, 0.0)
+        torch.manual_seed(3)
+        context = fused.attention(query, key, value, mask, 0.25)
         loss = fused.attention_map_loss(query, key, query_t, key_t, mask)
-        followed = (query, key, value, mask, 0.0, query_t, key_t)
+        torch.manual_seed(3)
+        followed = (query, key, value, mask, 0.25, query_t, key_t)
         both = fused.attention_and_map_loss(*followed, fused.attention_map_loss)
         assert torch.equal(both[0], context) and torch.equal(both[1], loss)
         assert called == ["attention", "attention_map_loss", "attention_and_map_loss"]
+        assert not torch.equal(context, fused.attention(query, key, value, mask, 0.0))
 
     def test_another_loss_of_the_maps_comes_after_attention(self, called):
         query, key, value, query_t, key_t = heads(D, D, D, D, D, dtype=torch.bfloat16)

@@ -5,6 +5,7 @@ Against torch's own modules, and hand-written derivatives against autograd's.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.ops import fused, plain
@@ -88,6 +89,34 @@ def test_add_and_norm_is_torchs_layer_norm_of_the_sum(ops):
     torch.testing.assert_close(found, norm(residual + values))
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_add_and_norm_learns_as_torchs(ops, dtype, probability):
+    """With what was dropped, by its gradient; weights of half precisions are float32."""
+    rows = [normal(B, S, H, seed=seed, dtype=dtype) for seed in (1, 2)]
+    of_weights = torch.float32 if dtype in HALVES else dtype
+    inputs = [*rows, *(normal(H, seed=seed, dtype=of_weights) for seed in (3, 4))]
+
+    def ours(residual, values, weight, bias):
+        return ops.add_and_norm(residual, values, probability, weight, bias, 1e-3)
+
+    torch.manual_seed(0)
+    found = outcome(ours, inputs, dtype)
+    kept = found[2] != 0
+    assert kept.all() if probability == 0 else 0.3 < kept.float().mean() < 0.7
+
+    def torchs(residual, values, weight, bias):
+        total = residual + values * kept.to(values.dtype) / (1 - probability)
+        return F.layer_norm(total, (H,), weight.to(total.dtype), bias.to(total.dtype), 1e-3)
+
+    truths = outcome(torchs, [part.double() for part in inputs], dtype)
+    for truth, theirs, value in zip(truths, outcome(torchs, inputs, dtype), found, strict=True):
+        assert value.dtype == theirs.dtype and value.shape == theirs.shape
+        errors = [(each.double() - truth).norm() / truth.norm() for each in (theirs, value)]
+        assert errors[1] <= errors[0] + torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("ops", [plain, fused])
 def test_add_and_norm_drops_values_alone(ops):
     """Where all values are dropped, what is left is the residual's norm."""
@@ -123,3 +152,25 @@ def test_attention_and_map_loss_are_both(ops, map_loss, dtype):
     found, expected = (outcome(function, inputs, dtype) for function in (together, apart))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_attention_drops_and_the_loss_of_its_maps_does_not_see_it(ops, dtype):
+    """The teacher's are made in inference mode, as in a run."""
+    query, key, value = (
+        normal(B, S, N, D, seed=seed, dtype=dtype).transpose(1, 2).requires_grad_()
+        for seed in range(3)
+    )
+    with torch.inference_mode():
+        teacher = [normal(B, S, N, D, seed=seed, dtype=dtype).transpose(1, 2) for seed in (3, 4)]
+    mask = (torch.arange(S) < torch.tensor([13, 4, 9])[:, None]).long()
+    torch.manual_seed(0)
+    followed = (query, key, value, mask, 0.5, *teacher)
+    context, loss = ops.attention_and_map_loss(*followed, ops.attention_map_loss)
+    torch.manual_seed(0)
+    assert torch.equal(context, ops.attention(query, key, value, mask, 0.5))
+    assert not torch.equal(context, ops.attention(query, key, value, mask, 0.0))
+    assert torch.equal(loss, ops.attention_map_loss(query, key, *teacher, mask))
+    (context.sum() + loss).backward()
+    assert all(part.grad.isfinite().all() for part in (query, key, value))
