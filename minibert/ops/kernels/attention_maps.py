@@ -135,7 +135,7 @@ class _Call:
         return self.sizes | (FLOAT32 if self.float32 else half_precision)
 
 
-@lru_cache(maxsize=1)  # all layers are given the same mask
+@lru_cache(maxsize=1)  # all layers are given the same mask, which nobody changes in place
 def _ends(attention_mask: Tensor) -> Tensor:
     """(B,): one behind the last real token of each sequence; S where there is none."""
     return attention_mask.shape[1] - attention_mask.flip(1).argmax(1)
