@@ -268,7 +268,7 @@ def test_the_tree_by_keys(opened):
     assert not shown.find("#unfilter").is_displayed()
 
 
-def test_search(opened):
+def test_search(opened, page):
     shown = opened()
     shown.press("/")
     assert shown.focused().get_attribute("id") == "search"
@@ -283,7 +283,10 @@ def test_search(opened):
     shown.press(Keys.ESCAPE)
     assert not shown.all("tr.match")
     shown.press("/", "native_layer_norm_back")  # the name of an operation, in no line's text
-    assert [row.get_attribute("id") for row in shown.all("tr.match")] == ["minibert/model.py:59"]
+    ran = [e for e in page.ledger["operations"] if "native_layer_norm_back" in e["name"]]
+    lines = {page.ledger["stacks"][e["stack"]][0] for e in ran}
+    assert len(lines) == 2  # of the embeddings, and of what layers do
+    assert {row.get_attribute("id") for row in shown.all("tr.match")} == lines
     shown.press(Keys.ESCAPE)
     shown.press("/", "no such thing")
     assert shown.status().startswith("no line with")
@@ -323,10 +326,10 @@ def test_out_of_an_open_line_by_keys(opened):
 
 
 def test_a_link_leads_to_a_line(opened):
-    shown = opened(place="minibert/model.py:59")
+    shown = opened(place=LINE)
     at = "return document.activeElement.closest('tr')?.id"
     wait = WebDriverWait(shown.browser, 10)
-    wait.until(lambda _: shown.run(at) == "minibert/model.py:59")
+    wait.until(lambda _: shown.run(at) == LINE)
     assert shown.find(".details").is_displayed()
     link = shown.find("#worst a")
     goal = link.text
