@@ -73,20 +73,30 @@ def queries_and_keys() -> list[Tensor]:
 
 
 MAP_LOSSES = ["attention_map_loss", "attention_map_mse"]
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def parts(request, monkeypatch):
+    """Maps of one sequence after another, or as on a GPU: of two masked ones at once."""
+    if request.param == "gpu":
+        monkeypatch.setattr(fused, "_real_parts", fused._masked_parts)
+        monkeypatch.setattr(fused, "ON_GPU", 2 * N * S * S)
+
+
 HIDDEN_LOSSES = ["hidden_state_loss", "hidden_state_mse"]
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("loss", MAP_LOSSES)
-def test_losses_of_attention_maps(loss, mask, dtype):
+def test_losses_of_attention_maps(loss, mask, dtype, parts):
     inputs = [*queries_and_keys(), torch.tensor(mask)]
     assert_no_worse_than_plain(loss, inputs, 2, dtype)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("loss", MAP_LOSSES)
-def test_maps_that_are_close(loss, dtype):
+def test_maps_that_are_close(loss, dtype, parts):
     """Where the student is nearly the teacher, the gradient is a small difference."""
     query, key, *_ = queries_and_keys()
     close = [part + normal(*part.shape, seed=9, scale=0.02) for part in (query, key)]

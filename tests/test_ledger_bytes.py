@@ -149,6 +149,10 @@ def test_any_product(sizes):
     (added,) = [o for o in recorded(lambda: torch.addmm(bias, left[0], right[0])) if o.flops]
     assert added.flops == 2 * m * k * n
     assert added.bytes_read == (m * k + k * n + n) * FLOAT
+    total = torch.rand(m, n)
+    (more,) = [o for o in recorded(lambda: total.addmm_(left[0], right[0])) if o.flops]
+    assert more.flops == 2 * m * k * n
+    assert more.bytes_read == (m * k + k * n + m * n) * FLOAT
     out = torch.empty(n, m).t()
     (into,) = [o for o in recorded(lambda: torch.mm(left[0], right[0], out=out)) if o.flops]
     assert (into.bytes_read, into.bytes_written) == ((m * k + k * n) * FLOAT, m * n * FLOAT)

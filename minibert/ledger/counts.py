@@ -35,6 +35,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten.mm: lambda left, right, *_: _product(left, right),
     aten.bmm: lambda left, right, *_: _product(left, right),
     aten.addmm: lambda _, left, right, *__: _product(left, right),
+    aten.addmm_: lambda _, left, right, *__: _product(left, right),
     aten.baddbmm: lambda _, left, right, *__: _product(left, right),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_: _attention(q, k, 2),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (

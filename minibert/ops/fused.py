@@ -6,10 +6,11 @@ comes from above. Each derivative stands beside the statement that computes it. 
 dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Linear maps stand in
-`projections.py`, the loss over the vocabulary in `vocabulary.py`.
+`projections.py`, the losses of hidden states in `hidden_states.py` and those over the vocabulary in
+`vocabulary.py`.
 
-Shapes: B batch, S sequence, N heads, D head size, H hidden; n real tokens of one sequence, r rows
-of a tile.
+Shapes: B batch, S sequence, N heads, D head size, H hidden; of what is worked on at once b
+sequences, n tokens of each, r rows of a tile.
 """
 
 import math
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from minibert.ops import plain
-from minibert.ops.plain import SHORTEST
+from minibert.ops.hidden_states import hidden_state_loss, hidden_state_mse
 from minibert.ops.projections import linear, projections
-from minibert.ops.tiles import in_cache, kernels_for, precise, precise_dtype, scaled, tiles
+from minibert.ops.tiles import ON_GPU, in_cache, kernels_for, precise, precise_dtype, scaled, tiles
 from minibert.ops.vocabulary import vocabulary_loss
 
 __all__ = [
@@ -212,24 +213,29 @@ class _AttentionMapLoss(Function):
         B, N, S, D = student_query.shape
         loss_sum = student_query.new_zeros((), dtype=precise_dtype(student_query))
         gradients = student_query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
-        for b, real in enumerate(_real_tokens(attention_mask)):
-            q_student, k_student, q_teacher, k_teacher = (
-                precise(part[b][:, real]).contiguous()
+        parts = _masked_parts if student_query.is_cuda else _real_parts
+        for place, padding in parts(student_query.shape, attention_mask):
+            query, key, guide_query, guide_key = (
+                part[place].contiguous()
                 for part in (student_query, student_key, teacher_query, teacher_key)
-            )  # (N, n, D)
-            query, key = (part[b][:, real].contiguous() for part in (student_query, student_key))
-            n = q_student.shape[1]
-            d_query, d_key = torch.empty_like(query), torch.zeros_like(k_student)  # (N, n, D)
-            for rows in tiles(n, N * n, in_cache(key, times=4)):
+            )  # (b, N, n, D)
+            if padding is not None:  # a query of 0 has the same map in both models
+                query = query.masked_fill(padding.mT, 0)
+                guide_query = guide_query.masked_fill(padding.mT, 0)
+            student = (precise(query), precise(key))
+            teacher = (precise(guide_query), precise(guide_key))
+            b, _, n, _ = query.shape
+            d_query, d_key = torch.empty_like(query), torch.zeros_like(student[1])
+            for rows in tiles(n, b * N * n, in_cache(key, times=4)):
                 rows_loss, d_scores = loss_of_rows(
-                    _scores(q_student[:, rows], k_student), _scores(q_teacher[:, rows], k_teacher)
-                )  # (), (N, r, n)
+                    _scores(*student, rows, padding), _scores(*teacher, rows, padding)
+                )  # (), (b, N, r, n)
                 loss_sum += rows_loss
                 d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
-                d_query[:, rows] = d_scores @ key
-                d_key += d_scores.transpose(1, 2) @ query[:, rows]
-            gradients[0, b][:, real] = d_query.div_(math.sqrt(D))
-            gradients[1, b][:, real] = d_key.div_(math.sqrt(D)).to(gradients.dtype)
+                d_query[:, :, rows] = d_scores @ key
+                d_key += d_scores.mT @ query[:, :, rows]
+            gradients[0][place] = d_query.div_(math.sqrt(D))
+            gradients[1][place] = d_key.div_(math.sqrt(D)).to(gradients.dtype)
         ctx.save_for_backward(gradients)
         return loss_sum
 
@@ -240,9 +246,32 @@ class _AttentionMapLoss(Function):
         return *scaled(gradients, upstream), None, None, None, None
 
 
-def _scores(query: Tensor, key: Tensor) -> Tensor:
-    """scale Q K^T: query (N, r, D), key (N, n, D); returns (N, r, n)."""
-    return (query / math.sqrt(query.shape[-1])) @ key.transpose(1, 2)
+Part = tuple[tuple[slice | Tensor, ...], Tensor | None]
+
+
+def _real_parts(shape: torch.Size, attention_mask: Tensor) -> Iterator[Part]:
+    """What is worked on at once, as places in (B, N, S, D): the real tokens of one sequence."""
+    for b, real in enumerate(_real_tokens(attention_mask)):
+        yield (slice(b, b + 1), slice(None), real), None
+
+
+def _masked_parts(shape: torch.Size, attention_mask: Tensor) -> Iterator[Part]:
+    """The same for a GPU, where to ask for lengths is to wait: several whole sequences, and which
+    of their tokens are padding, (b, 1, 1, S).
+    """
+    B, N, S, _ = shape
+    padding = ~attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
+    for sequences in tiles(B, N * S * S, ON_GPU):
+        yield (sequences,), padding[sequences]
+
+
+def _scores(query: Tensor, key: Tensor, rows: slice, padding: Tensor | None) -> Tensor:
+    """scale Q K^T of some rows: query, key (b, N, n, D), padding (b, 1, 1, n);
+    returns (b, N, r, n)."""
+    scores = (query[:, :, rows] / math.sqrt(query.shape[-1])) @ key.mT
+    if padding is not None:
+        scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+    return scores
 
 
 def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,75 +317,3 @@ def attention_and_map_loss(
         return kernels.attention_and_map_loss(*heads, teacher_query, teacher_key)
     context = attention(query, key, value, attention_mask, dropout)
     return context, map_loss(query, key, teacher_query, teacher_key, attention_mask)
-
-
-def hidden_state_loss(
-    student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
-) -> Tensor:
-    """Sum over real tokens of 1 - cosine, as `plain.hidden_state_loss`."""
-    if kernels := kernels_for(student_hidden):
-        return kernels.hidden_state_loss(student_hidden, teacher_hidden, attention_mask)
-    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask, _cosine_rows)
-
-
-def hidden_state_mse(
-    student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor
-) -> Tensor:
-    """Sum over real tokens of the mean squared difference, as `plain.hidden_state_mse`."""
-    return _HiddenStateLoss.apply(student_hidden, teacher_hidden, attention_mask, _square_rows)
-
-
-class _HiddenStateLoss(Function):
-    """A loss of each token's two vectors by `loss_of_rows`, which fills in its gradient too."""
-
-    @staticmethod
-    def forward(ctx, student_hidden, teacher_hidden, attention_mask, loss_of_rows):
-        H = student_hidden.shape[-1]
-        student, teacher = (
-            part.reshape(-1, H).contiguous() for part in (student_hidden, teacher_hidden)
-        )  # (B S, H)
-        gradient = torch.empty_like(student)
-        loss_sum = loss_of_rows(student, teacher, gradient, attention_mask.flatten()).sum()
-        ctx.save_for_backward(gradient.view(student_hidden.shape))
-        return loss_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return scaled(gradient, upstream), None, None, None
-
-
-def _cosine_rows(student, teacher, gradient, is_real):
-    """1 - cosine of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled.
-
-    With s, t the two vectors of a token and c their cosine:
-    d(1 - c) / ds = c s / |s|^2 - t / (|s| |t|).
-    """
-    losses = student.new_empty(len(student), dtype=precise_dtype(student))
-    for rows in tiles(*student.shape, in_cache(student)):
-        s, t = precise(student[rows]), precise(teacher[rows])  # (r, H)
-        real = is_real[rows].bool()  # (r,)
-        s_square = (s * s).sum(-1).clamp_min(SHORTEST**2)  # (r,)
-        t_square = (t * t).sum(-1).clamp_min(SHORTEST**2)  # (r,)
-        inverse = (s_square * t_square).rsqrt()  # (r,)
-        cosine = (s * t).sum(-1) * inverse  # (r,)
-        losses[rows] = torch.where(real, 1 - cosine, 0)
-        to_student = torch.where(real, cosine / s_square, 0)[:, None]  # (r, 1)
-        to_teacher = torch.where(real, inverse, 0)[:, None]  # (r, 1)
-        gradient[rows] = (s * to_student).addcmul_(t, to_teacher, value=-1)
-    return losses
-
-
-def _square_rows(student, teacher, gradient, is_real):
-    """Mean of (s - t)^2 of each row, (rows,), 0 where not real; `gradient` (rows, H) is filled
-    with 2 (s - t) / H.
-    """
-    losses = student.new_empty(len(student), dtype=precise_dtype(student))
-    for rows in tiles(*student.shape, in_cache(student)):
-        real = is_real[rows, None].bool()  # (r, 1)
-        difference = precise(student[rows]) - precise(teacher[rows])  # (r, H)
-        difference = torch.where(real, difference, 0)
-        losses[rows] = difference.square().mean(-1)
-        gradient[rows] = difference.mul_(2 / student.shape[1])
-    return losses
