@@ -63,7 +63,7 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(rows, self.normalized_shape, weight, bias, self.eps)
 
 
-class AddAndNorm(LayerNorm):
+class AddAndNorm(nn.LayerNorm):
     """LayerNorm of a sum: of what came in and what a half of a layer has made of it."""
 
     def forward(
@@ -127,7 +127,8 @@ class EncoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """hidden_state (B, S, H), attention_mask (B, S), 1 = real.
 
-        followed: a teacher's query and key (B, N, S, its D), with which `map_loss` compares.
+        followed: a teacher's query and key (B, N, S, its D), with which `map_loss` (None:
+        `ops.attention_map_loss`) compares.
         Returns the layer's output (B, S, H), its query and key (B, N, S, D), and that loss.
         """
         B, S, H = hidden_state.shape
@@ -144,6 +145,7 @@ class EncoderLayer(nn.Module):
         if followed is None:
             context, loss = ops.attention(*attended), None  # (B, N, S, D)
         else:  # the loss of the maps needs the scores that attention makes
+            map_loss = map_loss or ops.attention_map_loss
             context, loss = ops.attention_and_map_loss(*attended, *followed, map_loss)
         context = context.transpose(1, 2).reshape(B, S, H)  # (B, S, H)
         context = self.attention_output(context, ops)  # (B, S, H)
@@ -189,9 +191,9 @@ class BertModel(nn.Module):
         """Run embeddings and layers; `keep` names the layers whose queries and keys are returned.
 
         input_ids, attention_mask (1 = real), token_type_ids (B, S); dtype: of all that follows the
-        embeddings, None for that of the weights; ops: whose attention and dropout, `ops.plain` or
-        `ops.fused`; follow: for some layers the query and key of the teacher's that they are
-        compared with, by `map_loss`. Raises ValueError where the sequence is longer than the model
+        embeddings, None for that of the weights; ops: whose operations, `ops.plain` or `ops.fused`;
+        follow: for some layers the query and key of the teacher's that they are compared with, by
+        `map_loss`. Raises ValueError where the sequence is longer than the model
         has positions.
         """
         S, longest = input_ids.shape[1], self.config.max_position_embeddings

@@ -89,7 +89,7 @@ class RunConfig:
     )
     compile: bool = setting(
         False,
-        "torch.compile both models: for GPUs; needs a C++ compiler",
+        "torch.compile both models: little to gain beside Triton's kernels; needs a C++ compiler",
         action="store_true",
     )
     eval_every: int = setting(1000, "updates between evaluations", type=number(int, 1))

@@ -180,6 +180,28 @@ class TestAttention:
         gradients = torch.autograd.grad(context[0].sum(), parts)
         assert context.isfinite().all() and all(part.isfinite().all() for part in gradients)
 
+    def test_any_number_but_0_is_real(self):
+        parts, mask = heads(D, D, D), mask_of([range(3, 30)], [range(1), range(9, 20)])
+        expected = kernels.attention(*parts, mask, 0.0)
+        twos = mask * (1 + torch.arange(S, device=DEVICE) % 2)
+        for same in (mask.bool(), mask.int(), twos, mask.repeat(1, 2)[:, :S]):
+            assert torch.equal(kernels.attention(*parts, same, 0.0), expected)
+
+    def test_a_mask_changed_in_place_is_looked_at_again(self):
+        parts, mask = heads(D, D, D), mask_of([range(9)], [range(S)])
+        kernels.attention(*parts, mask, 0.0)
+        mask[0] = 1
+        expected = kernels.attention(*parts, mask.clone(), 0.0)
+        assert torch.equal(kernels.attention(*parts, mask, 0.0), expected)
+
+    def test_shapes_that_do_not_fit_are_refused(self):
+        query, key, value = heads(D, D, D)
+        mask = mask_of([range(S)], [range(S)])
+        with pytest.raises(AssertionError):
+            kernels.attention(query, key[:, :1], value, mask, 0.0)
+        with pytest.raises(AssertionError):
+            kernels.attention_map_loss(query, key, query[:, :1], key[:, :1], mask)
+
     def test_evaluation_keeps_nothing(self, all_parts):
         mask = mask_of([range(S)], [range(30)])
         with torch.inference_mode():

@@ -19,7 +19,7 @@ from kernel_toys import (
     run_in_the_interpreter,
 )
 
-from minibert.ops import fused, plain, vocabulary
+from minibert.ops import fused, hidden_states, plain, vocabulary
 
 if RUNS_HERE:
     from correctness import check_all
@@ -251,15 +251,19 @@ class TestFusedByKernels:
     @pytest.fixture(autouse=True)
     def in_any_place(self, monkeypatch):
         if INTERPRETED:  # fused.py asks for a GPU
-            for module in (fused, vocabulary):
+            for module in (fused, hidden_states, vocabulary):
                 monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
-        assert fused.kernels_for(torch.zeros(1, device=DEVICE)) is kernels
 
     def test_add_and_norm(self, monkeypatch):
         monkeypatch.setattr(kernels, "add_and_norm", lambda *given: given)
         assert fused.add_and_norm(1, 2, 0.1, 3, 4, 5) == (1, 2, 0.1, 3, 4, 5)
 
-    def test_hidden_state_loss(self):
+    def test_hidden_state_loss(self, monkeypatch):
+        called = []
+        ours = kernels.hidden_state_loss
+        monkeypatch.setattr(
+            kernels, "hidden_state_loss", lambda *given: called.append(1) or ours(*given)
+        )
         student, teacher = (normal(B, 9, 26, seed=seed) for seed in (30, 31))
         mask = (torch.arange(9) < torch.tensor([[9], [4]])).long().to(DEVICE)
         results = []
@@ -270,12 +274,16 @@ class TestFusedByKernels:
             loss = ops.hidden_state_loss(hidden, target, mask)
             (0.7 * loss).backward()
             results.append([loss.detach(), hidden.grad])
+        assert called
         for truth, ours in zip(*results, strict=True):
             assert distance(ours, truth.cpu()) < 3e-6
 
-    def test_vocabulary_loss(self, monkeypatch):
-        monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 3 * 97)
+    @pytest.mark.parametrize("decoder_rows", [128, 50])  # the last tile has rows of alignment alone
+    def test_vocabulary_loss(self, monkeypatch, decoder_rows):
         M, V, H = 8, 97, 10  # V is no multiple of vocabulary.ALIGNED
+        monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 3 * V)
+        if INTERPRETED:
+            monkeypatch.setattr(vocabulary, "at_once", lambda *_: decoder_rows * H)
         inputs = [
             normal(*shape, seed=seed) for seed, shape in enumerate([(M, H), (V, H), (V,)] * 2)
         ]

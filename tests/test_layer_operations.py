@@ -6,10 +6,12 @@ Against torch's own modules, and hand-written derivatives against autograd's.
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TOY_CONFIG
 from torch import Tensor, nn
 
+from minibert.model import BertModel
 from minibert.ops import fused, plain
-from minibert.ops.projections import _Projections
+from minibert.ops.projections import _joint_projections
 
 B, S, N, D, H = 3, 13, 2, 5, 10
 WIDTHS = (7, 4, 9)  # of three linear maps
@@ -39,10 +41,9 @@ def outcome(function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def joint(values: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
-    """As fused.projections has it on a GPU: weights first, then biases."""
+    """As fused.projections has it on a GPU."""
     pairs = list(zip(weights_and_biases[::2], weights_and_biases[1::2], strict=True))
-    weights, biases = zip(*pairs, strict=True)
-    return _Projections.apply(values, len(pairs), *weights, *biases)
+    return _joint_projections(values, *pairs)
 
 
 def one_by_one(values: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
@@ -174,3 +175,16 @@ def test_attention_drops_and_the_loss_of_its_maps_does_not_see_it(ops, dtype):
     assert torch.equal(loss, ops.attention_map_loss(query, key, *teacher, mask))
     (context.sum() + loss).backward()
     assert all(part.grad.isfinite().all() for part in (query, key, value))
+
+
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_the_loss_of_maps_is_the_kl_where_nobody_says(ops):
+    model = BertModel(TOY_CONFIG).eval()
+    ids, mask = torch.tensor([[7, 3, 9]]), torch.ones(1, 3).long()
+    teacher = tuple(normal(1, 3, 3, 8, seed=seed, dtype=torch.float32) for seed in (60, 61))
+    given = [None, ops.attention_map_loss]
+    losses = [
+        model(ids, mask, ops=ops, follow={1: teacher}, map_loss=loss).map_losses for loss in given
+    ]
+    assert losses[0].keys() == {1}
+    assert torch.equal(losses[0][1], losses[1][1])

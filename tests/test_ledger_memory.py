@@ -81,8 +81,8 @@ def test_no_whole_maps_in_a_toy_step(recipe):
 
 
 def test_what_attention_keeps():
-    """Of each sequence two maps, the probabilities and what dropout leaves of them; queries, keys
-    and values are kept by the linear maps' outputs.
+    """Of each sequence one map, the probabilities with what dropout did as their sign; queries,
+    keys and values are kept by the linear maps' outputs.
     """
     operations = toy_ledger("compactbiobert").operations
     maps = [
@@ -90,7 +90,7 @@ def test_what_attention_keeps():
         for o in operations
         if o.phase == STUDENT and o.saved_bytes and o.outputs[0][0][-2:] == (13, 13)
     ]
-    assert len(maps) == 5 * 2 * 2  # sequences, layers
+    assert len(maps) == 5 * 2  # sequences, layers
     assert {o.saved_bytes for o in maps} == {3 * 13 * 13 * 4}
     losses = [o for o in operations if asked_in(o, MAP_LOSS)]
     kept = sum(o.saved_bytes for o in losses)

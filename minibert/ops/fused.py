@@ -2,7 +2,8 @@
 
 A loss has a derivative that can be written down: it is formed together with the value, tile by
 tile, so that no whole map or matrix of logits ever exists, and backward only multiplies it by what
-comes from above. Each derivative stands beside the statement that computes it. Products are of the
+comes from above. (Triton's kernels of maps and of hidden states form it in backward, from sums that
+the value left.) Each derivative stands beside the statement that computes it. Products are of the
 dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Linear maps stand in
@@ -102,7 +103,7 @@ def attention(
     query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
     (B, N, S, D). On a CPU, where torch has no lean attention with dropout, one sequence at a time:
     its maps fit into the cache while they are worked on, and its padding is not computed (the
-    context there is 0). Two maps of each sequence, 2 B N S^2 values, are kept for backward.
+    context there is 0). A map of each sequence, B N S^2 values, is kept for backward.
     """
     if kernels := _attention_kernels(query):
         return kernels.attention(query, key, value, attention_mask, dropout)
@@ -118,14 +119,15 @@ def attention(
 
 
 def _attention_kernels(query: Tensor) -> ModuleType | None:
-    """Triton's attention, of half precisions: torch's takes a third of its time in float32."""
+    """Triton's attention, of half precisions alone: in float32 torch's is faster."""
     return None if query.dtype == torch.float32 else kernels_for(query)
 
 
 class _Attention(Function):
     """P = softmax(Q K^T / sqrt(D)),  context O = c (P * kept) V,  with c = 1 / (1 - dropout).
 
-    Scores and their softmax are float32 whatever comes in.
+    Scores and their softmax are float32 whatever comes in. For backward one map is kept: P where a
+    probability stayed, -P where it was dropped.
     """
 
     @staticmethod
@@ -138,8 +140,9 @@ class _Attention(Function):
             scores = (precise(q) / math.sqrt(D)) @ precise(k).transpose(1, 2)  # (N, n, n)
             probs = scores.softmax(-1).to(v.dtype)  # (N, n, n)
             kept, ctx.scale = _kept(probs.shape, dropout, probs.dtype)
-            context[b][:, real] = ((probs * kept) @ v).mul_(ctx.scale)
-            maps += [probs, kept]
+            kept_probs = probs * kept  # (N, n, n)
+            context[b][:, real] = (kept_probs @ v).mul_(ctx.scale)
+            maps.append(probs.neg_().add_(kept_probs, alpha=2))  # 2 P - P or 0 - P: exact
         ctx.save_for_backward(query, key, value, attention_mask, *maps)
         return context
 
@@ -150,15 +153,16 @@ class _Attention(Function):
         B, N, S, D = query.shape
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
-            probs, kept = maps[2 * b], maps[2 * b + 1]  # (N, n, n)
+            probs, kept_probs = maps[b].abs(), maps[b].relu()  # (N, n, n)
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
             d_context = (upstream[b][:, real] * ctx.scale).contiguous()  # (N, n, D), with c
-            d_probs = (d_context @ v.transpose(1, 2)).mul_(kept)  # (N, n, n)
+            d_kept = d_context @ v.transpose(1, 2)  # (N, n, n)
+            d_probs = torch.ops.aten.threshold_backward(d_kept, maps[b], 0)  # as of relu
             # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
             d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
             gradients[0, b][:, real] = (d_scores @ k).div_(math.sqrt(D))
             gradients[1, b][:, real] = (d_scores.transpose(1, 2) @ q).div_(math.sqrt(D))
-            gradients[2, b][:, real] = (probs * kept).transpose(1, 2) @ d_context
+            gradients[2, b][:, real] = kept_probs.transpose(1, 2) @ d_context
         return *gradients, None, None
 
 
@@ -309,7 +313,7 @@ def attention_and_map_loss(
 ) -> tuple[Tensor, Tensor]:
     """Attention and a loss of its maps, as `plain.attention_and_map_loss`.
 
-    By Triton the KL costs attention one product more, the teacher's scores, forward and backward.
+    By Triton the KL costs each of attention's three kernels one product more: the teacher's scores.
     """
     kernels = _attention_kernels(query)
     if kernels is not None and map_loss is attention_map_loss:

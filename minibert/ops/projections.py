@@ -1,9 +1,7 @@
-"""The linear maps of `fused.py`: several of the same values are one product on a GPU.
+"""The linear maps of `fused.py`: in half precision on a GPU several of the same values are one.
 
 Shapes: n rows, in and out their widths before and after.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +20,18 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Several linear maps of the same values, as `plain.projections`.
 
-    On a GPU they are one product. Of float32 weights that learn from half precisions the gradients
-    are the float32 sums, not rounded in between.
+    Half precisions on a GPU are multiplied by all weights in one product; in backward each has its
+    own. The gradients of float32 weights are then the float32 sums, not rounded in between.
     """
-    weights, biases = zip(*linears, strict=True)
-    if not values.is_cuda or values.dtype not in (torch.bfloat16, torch.float16):
-        return plain.projections(values, *linears)
-    return _joint_projections(values, len(linears), *weights, *biases)
+    if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
+        return _joint_projections(values, *linears)
+    return plain.projections(values, *linears)
 
 
 @torch.compiler.disable
-def _joint_projections(*inputs: Any) -> tuple[Tensor, ...]:
-    return _Projections.apply(*inputs)
+def _joint_projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    weights, biases = zip(*linears, strict=True)
+    return _Projections.apply(values, len(linears), *weights, *biases)
 
 
 class _Projections(Function):
@@ -53,8 +51,8 @@ class _Projections(Function):
     @once_differentiable
     def backward(ctx, *upstreams):
         values, *weights = ctx.saved_tensors
-        rows = values.flatten(0, -2)  # (n, in)
-        upstreams = [upstream.flatten(0, -2) for upstream in upstreams]  # (n, out) each
+        rows = values.reshape(-1, values.shape[-1])  # (n, in)
+        upstreams = [each.reshape(-1, each.shape[-1]) for each in upstreams]  # (n, out) each
         kernels = kernels_for(values)
         column_sums = _column_sums if kernels is None else kernels.column_sums
         d_rows = upstreams[0] @ weights[0]  # (n, in)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -15,11 +16,17 @@ ON_GPU = 2**26  # elements of a tile on a GPU: large, for there each launch of a
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The Triton twins, for a tensor on a GPU where Triton is installed and `KERNELS` allows."""
-    if not (KERNELS and tensor.is_cuda and find_spec("triton")) or tensor.dtype == torch.float64:
+    if not (KERNELS and tensor.is_cuda and _has_triton()) or tensor.dtype == torch.float64:
         return None
     from minibert.ops import kernels
 
     return kernels
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
 
 
 def tiles(num_rows: int, row_size: int, elements: int) -> Iterator[slice]:

@@ -79,7 +79,7 @@ class _VocabularyLoss(Function):
             if teacher_head is not None:
                 teacher_logits = _logits(teacher_head[rows], teacher_decoder, columns)  # (r, W)
             d_logits = logits  # in place, but for a GPU's products rounded at once
-            if kernels is not None:
+            if kernels is not None and head.dtype != logits.dtype:
                 d_logits = torch.empty_like(logits, dtype=head.dtype)
             models = (logits, teacher_logits, bias, teacher_bias)
             mlm, output = vocabulary_rows(*models, labels[rows], d_logits, *weights)  # (r,)
@@ -91,7 +91,8 @@ class _VocabularyLoss(Function):
             d_logits = d_logits.to(head.dtype)  # (r, W)
             for part in columns:
                 d_head[rows] += d_logits[:, part] @ decoder[part]
-                d_decoder[part] += (d_logits[:, part].T @ head[rows])[: V - part.start]
+                there = max(0, V - part.start)  # rows of the decoder: behind them are those of 0
+                d_decoder[part] += (d_logits[:, part].T @ head[rows])[:there]
         ctx.save_for_backward(d_head.to(head.dtype), d_decoder, d_bias)
         mlm_sum, output_sum = sums.unbind()
         ctx.mark_non_differentiable(mlm_sum, output_sum)
@@ -120,7 +121,7 @@ def _as_factor(decoder: Tensor, dtype: torch.dtype, aligned: int) -> Tensor:
 
 
 def _logits(head: Tensor, decoder: Tensor, columns: list[slice]) -> Tensor:
-    """head (r, H), decoder (V, H) of one dtype; returns (r, V) in float32, without bias."""
+    """head (r, H), decoder (W, H) of one dtype; returns (r, W) in float32, without bias."""
     if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(head, decoder.T, out_dtype=torch.float32)
     logits = head.new_empty(len(head), len(decoder), dtype=precise_dtype(head))

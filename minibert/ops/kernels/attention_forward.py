@@ -26,7 +26,8 @@ def forward_kernel(query, key, value, teacher_query, teacher_key, attention_mask
                    D_TILE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """One program: a tile of queries, of one head of one sequence, with all its keys.
 
-        O_i = sum_j c kept_ij P_ij V_j / sum_j P_ij      c = 1 / (1 - dropout)
+        E_ij = exp(S_ij - max_i),   P_ij = E_ij / sum_j E_ij,   c = 1 / (1 - dropout)
+        O_i = sum_j c kept_ij P_ij V_j
         KL_i = sum_j P_t (S_t - S_s) - lse_t + lse_s
 
     Where the maps are close, large numbers nearly cancel. So only differences are added up, each
@@ -96,6 +97,6 @@ def forward_kernel(query, key, value, teacher_query, teacher_key, attention_mask
 
 @triton.jit
 def _store_log_sums(lse, largest, total, queries, inside_query, S):
-    """The log-sum-exp of each query's scores, 0 behind the last real token."""
+    """log2 sum_j 2^score of each query, as scores are to base 2; 0 behind the last real token."""
     values = tl.where(inside_query, largest + tl.log2(total), 0.0)
     tl.store(lse + queries, values, mask=queries < S)

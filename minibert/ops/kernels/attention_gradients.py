@@ -20,12 +20,12 @@ def query_gradient_kernel(query, key, value, teacher_query, teacher_key, attenti
                           QUERIES: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """One program: the gradient of a tile of queries, of one head of one sequence.
 
-        dP = c kept dO V^T,    w = d_kl of the row
+        dP = c kept dO V^T,    w = d_kl, and 0 in a row of padding
         dS = P_s (dP - sum_j P_s dP) + w (P_s - P_t) = P_s (dP - shift) - w P_t
         dQ = dS K / sqrt(D)
 
-    The sum over j is that over D of O dO, so that shift = sum_d O dO - w. It is left in `shifts`
-    for `key_gradient_kernel`.
+    sum_j P_ij dP_ij = sum_j c kept_ij P_ij (dO_i . V_j) = dO_i . O_i, so that shift = dO . O - w.
+    It is left in `shifts` for `key_gradient_kernel`.
     """
     n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     N = tl.num_programs(1)

@@ -33,7 +33,10 @@ KEY_GRADIENT = {"QUERIES": 32, "KEYS": 64, "num_warps": 4, "num_stages": 3}
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, dropout: float
 ) -> Tensor:
-    """`plain.attention`; the context of padding behind the last real token is 0."""
+    """`plain.attention`; the context of padding behind the last real token is 0.
+
+    In a sequence of padding alone it is the mean of the values, which get no gradient from it.
+    """
     return _Attention.apply(query, key, value, None, None, attention_mask, dropout)[0]
 
 
@@ -62,6 +65,10 @@ class _Attention(Function):
 
     @staticmethod
     def forward(ctx, query, key, value, teacher_query, teacher_key, attention_mask, dropout):
+        for each in (key, value):
+            assert each is None or each.shape == query.shape, (query.shape, each.shape)
+        for each in (teacher_query, teacher_key):
+            assert each is None or each.shape[:3] == query.shape[:3], (query.shape, each.shape)
         student, row_stride = _as_rows((query, key, value))
         call = _Call(student[0], row_stride, (teacher_query, teacher_key), attention_mask, dropout)
         B, S, N, D = student[0].shape
@@ -124,25 +131,33 @@ class _Call:
         teacher_D = D if teacher[0] is None else teacher[0].shape[3]
         D_TILE = triton.next_power_of_2(max(16, D, teacher_D))
         self.sizes = {"D": D, "TEACHER_D": teacher_D, "D_TILE": D_TILE}
-        self.float32 = query.dtype == torch.float32
+        models = (query, *teacher)
+        self.float32 = any(each is not None and each.dtype == torch.float32 for each in models)
         attention_mask = attention_mask.contiguous()
+        version = 0 if attention_mask.is_inference() else attention_mask._version
         seed = draw_seed() if dropout > 0 else None
-        self.constants = (*teacher, attention_mask, _ends(attention_mask), seed)
+        self.constants = (*teacher, attention_mask, _ends(attention_mask, version), seed)
         self.numbers = (row_stride, teacher_row_stride, S, *dropped_draws(dropout))
 
     def options(self, half_precision: dict[str, int]) -> dict[str, Any]:
         """The sizes a kernel is compiled for."""
-        return self.sizes | (FLOAT32 if self.float32 else half_precision)
+        options = self.sizes | (FLOAT32 if self.float32 else half_precision)
+        if self.sizes["D_TILE"] > 64:  # wide tiles loaded far ahead pass the memory of small GPUs
+            options["num_stages"] = min(2, options["num_stages"])
+        return options
 
 
-@lru_cache(maxsize=1)  # all layers are given the same mask, which nobody changes in place
-def _ends(attention_mask: Tensor) -> Tensor:
-    """(B,): one behind the last real token of each sequence; S where there is none."""
-    return attention_mask.shape[1] - attention_mask.flip(1).argmax(1)
+@lru_cache(maxsize=1)  # all layers are given the same mask
+def _ends(attention_mask: Tensor, version: int) -> Tensor:
+    """(B,): one behind the last real token of each sequence; S where there is none.
+
+    version: how often the mask was changed in place, so that it is looked at again.
+    """
+    return attention_mask.shape[1] - (attention_mask != 0).int().flip(1).argmax(1)
 
 
 def _as_rows(heads: Heads) -> tuple[list[Tensor | None], int]:
-    """Tensors (B, N, S, D) as (B, S, N, D) with equal strides, and that from row to row.
+    """Tensors (B, N, S, D) as (B, S, N, D) with equal strides, and the stride of a row.
 
     As a model makes them they are views, perhaps of parts of wider rows; others are copied.
     """

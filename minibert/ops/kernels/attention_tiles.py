@@ -1,6 +1,7 @@
 """What the kernels of attention share: rows of heads, tiles of scores, a softmax over tiles.
 
-Shapes: S sequence, D head size. Scores are in units of log 2, since a GPU exponentiates to base 2.
+Shapes: S sequence, D head size. A GPU exponentiates to base 2: so scores are divided by ln 2, which
+makes exp(S) = 2^score; a log-sum-exp is log2 sum_j 2^score, and the KL is multiplied by ln 2 again.
 """
 
 import math
@@ -42,7 +43,7 @@ def product(left, right):
 
 @triton.jit
 def scores(left, right, D: tl.constexpr):
-    """left right^T / sqrt(D), in units of log 2."""
+    """left right^T / (sqrt(D) ln 2)."""
     return product(left, right) * (D**-0.5 / LOG_2)
 
 

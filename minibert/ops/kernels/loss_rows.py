@@ -103,7 +103,7 @@ class _HiddenStateLoss(Function):
 @triton.jit(do_not_specialize=["m"])
 def _column_sums_kernel(rows, parts, m, n: tl.constexpr, ROWS: tl.constexpr,
                         COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: some columns of every so manieth tile of rows."""
+    """One program: some columns of every COLUMN_SUM_PARTS-th tile of rows."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(tl.program_id(0) * ROWS, m, tl.num_programs(0) * ROWS):
@@ -116,7 +116,7 @@ def _column_sums_kernel(rows, parts, m, n: tl.constexpr, ROWS: tl.constexpr,
 
 
 def column_sums(rows: Tensor) -> Tensor:
-    """The sum over rows (m, n), contiguous, in float32: (n,)."""
+    """The sum over rows (m, n) in float32: (n,)."""
     m, n = rows.shape
     grid = (COLUMN_SUM_PARTS, triton.cdiv(n, COLUMN_SUM_TILE["COLUMNS"]))
     parts = rows.new_empty(COLUMN_SUM_PARTS, n, dtype=torch.float32)
