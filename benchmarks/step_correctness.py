@@ -10,7 +10,7 @@ Shapes: B batch, S sequence, M masked positions.
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ RESUME_TOLERANCE = 1e-6
 def check_step(device: torch.device) -> Iterator[dict[str, Any]]:
     """One row for each loss term and for the gradient, as JSON holds it.
 
-    Float32 gradients are compared number by number; in bfloat16 the norms of the parameters'.
+    Float32 gradients are compared number by number; in bfloat16 the norms of the parameters', and
+    the directions of those that are more than rounding.
     """
     for dtype, tolerance in TOLERANCE.items():
         (found, gradients), (truth, true_gradients) = (
@@ -58,6 +59,13 @@ def check_step(device: torch.device) -> Iterator[dict[str, Any]]:
         else:
             both = ([part.norm() for part in side] for side in (gradients, true_gradients))
             yield row(f"step {dtype}: gradient norms", *both, tolerance)
+            largest = max(part.norm() for part in true_gradients)
+            pairs = [
+                (ours / ours.norm(), theirs / theirs.norm())
+                for ours, theirs in zip(gradients, true_gradients, strict=True)
+                if theirs.norm() > largest / 1000
+            ]
+            yield row(f"step {dtype}: gradient directions", *zip(*pairs, strict=True), tolerance)
 
 
 def check_resume(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -87,7 +95,9 @@ def check_resume(device: torch.device) -> Iterator[dict[str, Any]]:
     yield row("resumed: weights after the third update", its_weights, weights, RESUME_TOLERANCE)
 
 
-def row(what: str, found: list[Tensor], truth: list[Tensor], allowed: float) -> dict[str, Any]:
+def row(
+    what: str, found: Sequence[Tensor], truth: Sequence[Tensor], allowed: float
+) -> dict[str, Any]:
     """The error of several tensors together; one that is not a number is not right."""
     error = relative_error(found, truth)
     return {"what": what, "error": error, "allowed": allowed, "right": error <= allowed}
