@@ -101,6 +101,7 @@ class Operation:
     inputs: Callable[..., Call]  # of a tensor like theirs, and the sizes
     has_maps: bool = False  # plain's largest tensors are (B, N, S, S)
     has_kernels: bool = False
+    torchs_in_float32: bool = False  # on a GPU it has kernels for half precisions alone
     is_random: bool = False
 
 
@@ -143,6 +144,7 @@ ATTENTION = Operation(
     for_attention,
     has_maps=True,
     has_kernels=True,
+    torchs_in_float32=True,
 )
 ATTENTION_WITH_DROPOUT = Operation(
     "attention with dropout",
@@ -151,6 +153,7 @@ ATTENTION_WITH_DROPOUT = Operation(
     for_attention_with_dropout,
     has_maps=True,
     has_kernels=True,
+    torchs_in_float32=True,
     is_random=True,
 )
 ATTENTION_AND_MAP_LOSS = Operation(

@@ -70,7 +70,8 @@ def variants_of(case: Case, device: torch.device) -> list[Variant]:
             compiled = torch.compile(operation.plain, dynamic=False)
             variants.append(Variant("plain compiled", compiled))
     variants.append(Variant("fused", operation.fused, kernels=not on_gpu))
-    if on_gpu and installed("triton"):
+    by_torch = operation.torchs_in_float32 and case.dtype == torch.float32
+    if on_gpu and installed("triton") and not by_torch:
         variants.append(Variant("kernels", operation.fused, kernels=True))
     return variants
 

@@ -15,6 +15,7 @@ from minibert.errors import ArgumentParser, InputError
 from minibert.files import read_json
 from minibert.flags import METAVARS, PrintRecipe, layer_numbers, number, recipe_at
 from minibert.recipes import RECIPES, Pairs, Recipe
+from minibert.training.device import MICRO_BATCH_TOKENS
 
 
 def setting(default: Any, help: str, **argparse_options: Any) -> Any:
@@ -45,7 +46,7 @@ class RunConfig:
     micro_batch_tokens: int | None = setting(
         None,
         "tokens, padding included, that go through the models at once "
-        "(default: 4096, on a GPU 49152)",
+        f"(default: {MICRO_BATCH_TOKENS['cpu']}, on a GPU {MICRO_BATCH_TOKENS['cuda']})",
         type=number(int, 1),
     )
     max_length: int | None = setting(None, "tokens of a sequence", type=number(int, 3))

@@ -89,6 +89,9 @@ def test_on_a_gpu_fused_stands_there_with_its_kernels_and_without(monkeypatch):
     assert [variant.kernels for variant in variants] == [True, True, False, True]
     variants = losses.variants_of(toy_case(cases.HIDDEN_STATE_LOSS), cuda)
     assert [variant.name for variant in variants] == ["plain", "plain compiled", "fused", "kernels"]
+    for dtype, last in ((torch.float32, "fused"), (torch.bfloat16, "kernels")):
+        variants = losses.variants_of(toy_case(cases.ATTENTION, dtype), cuda)
+        assert variants[-1].name == last
     variants = losses.variants_of(toy_case(cases.DROPOUT), cuda)
     assert [variant.name for variant in variants] == ["plain", "fused"]
 

@@ -132,6 +132,25 @@ class TestAddAndNorm:
         for value, plains_value, truth in zip(ours, plains, truths, strict=True):
             assert_no_worse(value, plains_value, truth.cpu(), 1e-6)
 
+    def test_the_layout_in_memory_is_free(self):
+        residual, values, weight, bias = self.parts(7, 26)
+        expected = self.outcome(kernels.add_and_norm, [residual, values, weight, bias])
+        columns = [part.T.contiguous().T for part in (residual, values)]
+        found = self.outcome(kernels.add_and_norm, [*columns, weight, bias])
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+    def test_one_number_may_be_every_upstream(self):
+        """As torch has it for a sum: repeated, without memory of its own."""
+        parts = [part.requires_grad_() for part in self.parts(7, 26)]
+        ones = torch.ones(7, 26, device=DEVICE)
+        results = []
+        for upstream in (ones, ones[:1, :1].clone().expand(7, 26)):
+            result = kernels.add_and_norm(*parts[:2], 0.0, *parts[2:], EPS)
+            results.append(torch.autograd.grad(result, parts, upstream))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
     def test_what_is_dropped(self):
         """Dropped values count as 0 and learn nothing, the others are scaled up; so the share of
         those, by the gradient, and the result by the plain formula.
@@ -242,6 +261,7 @@ class TestColumnSums:
         sums = kernels.column_sums(rows)
         assert sums.dtype == torch.float32
         assert distance(sums, rows.cpu().double().sum(0)) < 1e-6
+        assert torch.equal(kernels.column_sums(rows.T.contiguous().T), sums)
 
 
 @pytest.mark.skipif(not RUNS_HERE, reason="the kernels run in a process of their own")
