@@ -276,7 +276,6 @@ class TestFusedByKernels:
     def in_any_place(self, monkeypatch):
         if INTERPRETED:  # fused.py asks for a GPU
             monkeypatch.setattr(fused, "kernels_for", lambda tensor: kernels)
-        assert fused.kernels_for(torch.zeros(1, device=DEVICE)) is kernels
 
     @pytest.fixture
     def called(self, monkeypatch):

@@ -28,6 +28,7 @@ FIRST = (  # in README's order; the others follow by name
     "minibert/ops/plain.py",
     "minibert/ops/fused.py",
     "minibert/ops/vocabulary.py",
+    "minibert/ops/hidden_states.py",
     "minibert/ops/tiles.py",
     "minibert/ops/projections.py",
     "minibert/ops/kernels/attention_maps.py",
