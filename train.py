@@ -149,7 +149,7 @@ def update(
         # In the order that `runlog.named_figures` reads; the gradient's norm is the last of all.
         parts = [part.detach().reshape(-1) for part in (loss, *terms[1:])]
         totals = totals + torch.cat(parts)
-        del loss, terms  # and with them what backward has read
+        del loss, terms  # and with them what is kept of the micro-batch for its backward
     totals = summed(totals)
     grad_norm = clip_grad_norm_(student.parameters(), LARGEST_GRAD_NORM)
     figures = torch.cat([totals, grad_norm.reshape(1)])
@@ -215,7 +215,7 @@ def loss_terms(
         teacher_levels = (taught.embedding_output, *taught.hidden_states)
         for i, j in run.hidden_pairs:
             hidden_sums.append(hidden_state_loss(student_levels[i], teacher_levels[j], mask))
-        del taught, teacher_levels, follow  # compared: nothing here holds them beside the logits
+        del taught, teacher_levels, follow  # so that they need not lie beside the logits
     num_masked = max(1, whole.num_masked)
     weights = (run.mlm_weight / num_masked, run.output_weight / num_masked)
     vocabulary_loss, mlm_sum, output_sum = ops.vocabulary_loss(

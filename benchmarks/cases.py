@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -158,8 +159,8 @@ ATTENTION_WITH_DROPOUT = Operation(
 )
 ATTENTION_AND_MAP_LOSS = Operation(
     "attention_and_map_loss",
-    plain.attention_and_map_loss,
-    fused.attention_and_map_loss,
+    partial(plain.attention_and_map_loss, map_loss=plain.attention_map_loss),
+    partial(fused.attention_and_map_loss, map_loss=fused.attention_map_loss),
     for_attention_and_map_loss,
     has_maps=True,
     has_kernels=True,

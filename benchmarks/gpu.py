@@ -30,7 +30,9 @@ from variants import BF16, Variant, choose, ours
 from workload import Work, write_random_corpus
 
 from minibert.config import BIOBERT
+from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.evaluate import check_fit
 from minibert.files import write_json
 from minibert.flags import number
 from minibert.recipes import RECIPES
@@ -133,7 +135,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("gpu.json"))
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("gpu.json"), help="(gpu.json)"
+    )
     parser.add_argument("--data", metavar="CORPUS", type=Path, help="corpus folder (else random)")
     parser.add_argument("--eager", action="store_true", help="without ours compiled")
     parser.add_argument("--minutes", type=number(float, 1), default=8.0, help="at most (8)")
@@ -145,6 +149,8 @@ def main() -> None:
         raise InputError("gpu.py needs a CUDA device; step.py and losses.py run without")
     if not installed("triton"):
         raise InputError("gpu.py needs Triton, which the kernels are written in")
+    if flags.data:
+        check_fit(Path("BioBERT"), BIOBERT, Corpus.open(flags.data), LENGTH)
     device = set_up_device("cuda")
     half = {"micro_batch_tokens": flags.batch * LENGTH // 2}
     in_two = ours("ours bfloat16, two micro-batches", BF16, tuned=True, settings=half)

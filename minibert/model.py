@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minibert.config import BertConfig
 from minibert.ops import plain
 
-NOBODY: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({})  # to follow
+NOBODY: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({})  # of `follow`: no teacher
 
 
 class EncoderOutput(NamedTuple):
@@ -128,8 +128,8 @@ class EncoderLayer(nn.Module):
         """hidden_state (B, S, H), attention_mask (B, S), 1 = real.
 
         followed: a teacher's query and key (B, N, S, its D), with which `map_loss` (None:
-        `ops.attention_map_loss`) compares.
-        Returns the layer's output (B, S, H), its query and key (B, N, S, D), and that loss.
+        `ops.attention_map_loss`) compares. Returns the layer's output (B, S, H), its query and key
+        (B, N, S, D), and that loss.
         """
         B, S, H = hidden_state.shape
         N, D = self.num_attention_heads, H // self.num_attention_heads
@@ -141,12 +141,12 @@ class EncoderLayer(nn.Module):
             projection.view(B, S, N, D).transpose(1, 2)  # (B, N, S, D)
             for projection in ops.projections(hidden_state, *linears)  # (B, S, H)
         )
-        attended = (query, key, value, attention_mask, attention_dropout)
+        given = (query, key, value, attention_mask, attention_dropout)
         if followed is None:
-            context, loss = ops.attention(*attended), None  # (B, N, S, D)
+            context, loss = ops.attention(*given), None  # (B, N, S, D)
         else:  # the loss of the maps needs the scores that attention makes
             map_loss = map_loss or ops.attention_map_loss
-            context, loss = ops.attention_and_map_loss(*attended, *followed, map_loss)
+            context, loss = ops.attention_and_map_loss(*given, *followed, map_loss)
         context = context.transpose(1, 2).reshape(B, S, H)  # (B, S, H)
         context = self.attention_output(context, ops)  # (B, S, H)
         hidden_state = self.attention_layer_norm(hidden_state, context, hidden_dropout, ops)
@@ -193,8 +193,8 @@ class BertModel(nn.Module):
         input_ids, attention_mask (1 = real), token_type_ids (B, S); dtype: of all that follows the
         embeddings, None for that of the weights; ops: whose operations, `ops.plain` or `ops.fused`;
         follow: for some layers the query and key of the teacher's that they are compared with, by
-        `map_loss`. Raises ValueError where the sequence is longer than the model
-        has positions.
+        `map_loss` (None: `ops.attention_map_loss`). Raises ValueError where the sequence is longer
+        than the model has positions.
         """
         S, longest = input_ids.shape[1], self.config.max_position_embeddings
         if longest < S:

@@ -5,7 +5,6 @@ The values that the definitions give stand in test_losses.py, for both.
 """
 
 import math
-import sys
 from functools import partial
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import minibert.ops
 from minibert.ops import fused, plain, tiles, vocabulary
 
 B, S, N, D, H, V, M = 3, 13, 2, 6, 10, 37, 17
@@ -81,7 +79,7 @@ MAP_LOSSES = ["attention_map_loss", "attention_map_mse"]
 def parts(request, monkeypatch):
     """Maps of one sequence after another, or as on a GPU: of two masked ones at once."""
     if request.param == "gpu":
-        monkeypatch.setattr(fused, "_real_parts", fused._masked_parts)
+        monkeypatch.setattr(fused, "_real_parts", partial(fused._masked_parts, num_heads=N))
         monkeypatch.setattr(fused, "ON_GPU", 2 * N * S * S)
 
 
@@ -369,30 +367,3 @@ def test_a_seed_gives_the_same_dropout_again_and_another_does_not():
         masks.append(fused.dropout(values, 0.5))
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
-
-
-class OnGPU:
-    """What `kernels_for` asks of a tensor."""
-
-    is_cuda = True
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-
-def test_kernels_are_for_a_gpu_with_triton_where_nobody_forbids_them(monkeypatch):
-    twins = object()
-    monkeypatch.setitem(sys.modules, "minibert.ops.kernels", twins)
-    monkeypatch.setattr(minibert.ops, "kernels", twins, raising=False)
-    monkeypatch.setattr(tiles, "_has_triton", lambda: True)
-    assert tiles.kernels_for(OnGPU(torch.float32)) is twins
-    assert tiles.kernels_for(OnGPU(torch.bfloat16)) is twins
-    assert tiles.kernels_for(OnGPU(torch.float64)) is None
-    assert tiles.kernels_for(torch.zeros(1)) is None
-    assert fused._attention_kernels(OnGPU(torch.bfloat16)) is twins
-    assert fused._attention_kernels(OnGPU(torch.float32)) is None
-    monkeypatch.setattr(tiles, "KERNELS", False)
-    assert tiles.kernels_for(OnGPU(torch.float32)) is None
-    monkeypatch.setattr(tiles, "KERNELS", True)
-    monkeypatch.setattr(tiles, "_has_triton", lambda: False)
-    assert tiles.kernels_for(OnGPU(torch.float32)) is None

@@ -87,7 +87,8 @@ def launches_told(note: Callable[..., None], timed: bool) -> Iterator[None]:
     """In here every launch is passed on to `note` (of a Ledger)."""
     there = PACKAGE in sys.modules  # it is imported where there is a GPU and Triton
     if not there and torch.cuda.is_available() and find_spec("triton"):
-        there = import_module(PACKAGE) is not None
+        import_module(PACKAGE)
+        there = True
     originals = {}
     for name, description in KERNELS.items() if there else ():
         module = sys.modules[f"{PACKAGE}.{description.file}"]

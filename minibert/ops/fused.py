@@ -153,16 +153,17 @@ class _Attention(Function):
         B, N, S, D = query.shape
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
-            probs, kept_probs = maps[b].abs(), maps[b].relu()  # (N, n, n)
+            signed = maps[b]  # (N, n, n)
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
             d_context = (upstream[b][:, real] * ctx.scale).contiguous()  # (N, n, D), with c
+            gradients[2, b][:, real] = signed.relu().transpose(1, 2) @ d_context  # relu: P * kept
             d_kept = d_context @ v.transpose(1, 2)  # (N, n, n)
-            d_probs = torch.ops.aten.threshold_backward(d_kept, maps[b], 0)  # as of relu
+            d_probs = torch.ops.aten.threshold_backward(d_kept, signed, 0)  # 0 where dropped
+            del d_kept  # a map less at once
             # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
-            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
             gradients[0, b][:, real] = (d_scores @ k).div_(math.sqrt(D))
             gradients[1, b][:, real] = (d_scores.transpose(1, 2) @ q).div_(math.sqrt(D))
-            gradients[2, b][:, real] = kept_probs.transpose(1, 2) @ d_context
         return *gradients, None, None
 
 
@@ -217,13 +218,14 @@ class _AttentionMapLoss(Function):
         B, N, S, D = student_query.shape
         loss_sum = student_query.new_zeros((), dtype=precise_dtype(student_query))
         gradients = student_query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
-        parts = _masked_parts if student_query.is_cuda else _real_parts
-        for place, padding in parts(student_query.shape, attention_mask):
+        on_gpu = student_query.is_cuda
+        parts = _masked_parts(attention_mask, N) if on_gpu else _real_parts(attention_mask)
+        for place, padding in parts:
             query, key, guide_query, guide_key = (
                 part[place].contiguous()
                 for part in (student_query, student_key, teacher_query, teacher_key)
             )  # (b, N, n, D)
-            if padding is not None:  # a query of 0 has the same map in both models
+            if padding is not None:  # a query of 0 has the same map in both models: nothing to lose
                 query = query.masked_fill(padding.mT, 0)
                 guide_query = guide_query.masked_fill(padding.mT, 0)
             student = (precise(query), precise(key))
@@ -250,28 +252,29 @@ class _AttentionMapLoss(Function):
         return *scaled(gradients, upstream), None, None, None, None
 
 
+# A place in (B, N, S, D), and which tokens there are padding, (b, 1, 1, n): None where none is.
 Part = tuple[tuple[slice | Tensor, ...], Tensor | None]
 
 
-def _real_parts(shape: torch.Size, attention_mask: Tensor) -> Iterator[Part]:
-    """What is worked on at once, as places in (B, N, S, D): the real tokens of one sequence."""
+def _real_parts(attention_mask: Tensor) -> Iterator[Part]:
+    """What is worked on at once: the real tokens of one sequence."""
     for b, real in enumerate(_real_tokens(attention_mask)):
         yield (slice(b, b + 1), slice(None), real), None
 
 
-def _masked_parts(shape: torch.Size, attention_mask: Tensor) -> Iterator[Part]:
-    """The same for a GPU, where to ask for lengths is to wait: several whole sequences, and which
-    of their tokens are padding, (b, 1, 1, S).
-    """
-    B, N, S, _ = shape
+def _masked_parts(attention_mask: Tensor, num_heads: int) -> Iterator[Part]:
+    """The same for a GPU, where to ask for lengths is to wait: several whole sequences."""
+    B, S = attention_mask.shape
     padding = ~attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
-    for sequences in tiles(B, N * S * S, ON_GPU):
+    for sequences in tiles(B, num_heads * S * S, ON_GPU):
         yield (sequences,), padding[sequences]
 
 
 def _scores(query: Tensor, key: Tensor, rows: slice, padding: Tensor | None) -> Tensor:
-    """scale Q K^T of some rows: query, key (b, N, n, D), padding (b, 1, 1, n);
-    returns (b, N, r, n)."""
+    """scale Q K^T of some rows, with query, key (b, N, n, D) and padding (b, 1, 1, n).
+
+    Returns (b, N, r, n), the lowest number there is where a key is padding.
+    """
     scores = (query[:, :, rows] / math.sqrt(query.shape[-1])) @ key.mT
     if padding is not None:
         scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
@@ -279,11 +282,11 @@ def _scores(query: Tensor, key: Tensor, rows: slice, padding: Tensor | None) -> 
 
 
 def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (N, r, n) of both."""
-    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)  # (N, r, n)
+    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (b, N, r, n) of both."""
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)  # (b, N, r, n)
     teacher_probs = teacher.exp()
-    log_ratio = teacher.sub_(student)  # (N, r, n)
-    difference = student.exp_().sub_(teacher_probs)  # (N, r, n): P_s - P_t
+    log_ratio = teacher.sub_(student)  # (b, N, r, n)
+    difference = student.exp_().sub_(teacher_probs)  # (b, N, r, n): P_s - P_t
     kl_sum = torch.dot(teacher_probs.flatten(), log_ratio.flatten())
     # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
     return kl_sum + difference.sum(), difference
@@ -291,13 +294,13 @@ def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squares_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """sum (P_s - P_t)^2 and, with G = 2 (P_s - P_t) its derivative by the map,
-    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (N, r, n) of both.
+    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (b, N, r, n) of both.
     """
-    student_probs = student.softmax(-1)  # (N, r, n)
-    difference = student_probs - teacher.softmax(-1)  # (N, r, n)
+    student_probs = student.softmax(-1)  # (b, N, r, n)
+    difference = student_probs - teacher.softmax(-1)  # (b, N, r, n)
     square_sum = torch.dot(difference.flatten(), difference.flatten())
-    weighted = difference.mul_(student_probs)  # (N, r, n): P G / 2
-    row_sums = weighted.sum(-1, keepdim=True)  # (N, r, 1)
+    weighted = difference.mul_(student_probs)  # (b, N, r, n): P G / 2
+    row_sums = weighted.sum(-1, keepdim=True)  # (b, N, r, 1)
     return square_sum, weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
 
 
@@ -309,7 +312,7 @@ def attention_and_map_loss(
     dropout: float,
     teacher_query: Tensor,
     teacher_key: Tensor,
-    map_loss: Callable[..., Tensor] = attention_map_loss,
+    map_loss: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Attention and a loss of its maps, as `plain.attention_and_map_loss`.
 

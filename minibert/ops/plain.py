@@ -179,7 +179,7 @@ def attention_and_map_loss(
     dropout: float,
     teacher_query: Tensor,
     teacher_key: Tensor,
-    map_loss: Callable[..., Tensor] = attention_map_loss,
+    map_loss: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and a loss of its maps beside a teacher's: two results of the same scores.
 

@@ -12,7 +12,9 @@ from minibert.ops.kernels.attention_tiles import (
     LOG_2,
     LOWEST,
     load_rows,
+    place_of_program,
     scores,
+    softmax_of_nothing,
     softmax_so_far,
     store_rows,
 )
@@ -34,18 +36,16 @@ def forward_kernel(query, key, value, teacher_query, teacher_key, attention_mask
     formed in float32 from two single numbers: S_t - S_s pair by pair, and at the end
     lse_s - lse_t = max_s - max_t + log(sum_s / sum_t).
     """
-    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)  # B S N D may pass 2^31
     N = tl.num_programs(1)
-    head = b * N + n
-    offset = b * S * row_stride + n * D
-    teacher_offset = b * S * teacher_row_stride + n * TEACHER_D
+    b, head, offset, teacher_offset, place = place_of_program(
+        S, row_stride, teacher_row_stride, D, TEACHER_D
+    )
     attention_mask += b * S
     end = tl.load(ends + b).to(tl.int32)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     inside_query = queries < end
     query_s = load_rows(query + offset, queries, row_stride, inside_query, D, D_TILE)
-    max_s = tl.full([QUERIES], LOWEST, tl.float32)
-    sum_s = tl.zeros([QUERIES], tl.float32)
+    max_s, sum_s = softmax_of_nothing(QUERIES)
     if value is not None:
         total = tl.zeros([QUERIES, D_TILE], tl.float32)
         if seed is not None:
@@ -56,8 +56,7 @@ def forward_kernel(query, key, value, teacher_query, teacher_key, attention_mask
         query_t = load_rows(
             teacher_query, queries, teacher_row_stride, inside_query, TEACHER_D, D_TILE
         )
-        max_t = tl.full([QUERIES], LOWEST, tl.float32)
-        sum_t = tl.zeros([QUERIES], tl.float32)
+        max_t, sum_t = softmax_of_nothing(QUERIES)
         weighted = tl.zeros([QUERIES], tl.float32)  # sum_j exp(S_t - max_t) (S_t - S_s)
 
     for start in range(0, end, KEYS):
@@ -81,9 +80,8 @@ def forward_kernel(query, key, value, teacher_query, teacher_key, attention_mask
             total += tl.dot(exp_s.to(value_s.dtype), value_s, input_precision="ieee")
 
     if value is not None:
-        context += (b * S * N + n) * D
         factor = tl.where(inside_query, scale_of_kept / sum_s, 0.0)
-        store_rows(context, total * factor[:, None], queries, N * D, queries < S, D, D_TILE)
+        store_rows(context + place, total * factor[:, None], queries, N * D, queries < S, D, D_TILE)
     if student_lse is not None:
         _store_log_sums(student_lse + head * S, max_s, sum_s, queries, inside_query, S)
     if teacher_query is not None:

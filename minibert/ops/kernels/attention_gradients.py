@@ -8,7 +8,14 @@ and one for keys and values, each of which forms the scores anew.
 import triton
 import triton.language as tl
 
-from minibert.ops.kernels.attention_tiles import LOWEST, load_rows, product, scores, store_rows
+from minibert.ops.kernels.attention_tiles import (
+    LOWEST,
+    load_rows,
+    place_of_program,
+    product,
+    scores,
+    store_rows,
+)
 from minibert.ops.kernels.draws import kept, keys_of_rows
 
 
@@ -27,12 +34,10 @@ def query_gradient_kernel(query, key, value, teacher_query, teacher_key, attenti
     sum_j P_ij dP_ij = sum_j c kept_ij P_ij (dO_i . V_j) = dO_i . O_i, so that shift = dO . O - w.
     It is left in `shifts` for `key_gradient_kernel`.
     """
-    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     N = tl.num_programs(1)
-    head = b * N + n
-    offset = b * S * row_stride + n * D
-    teacher_offset = b * S * teacher_row_stride + n * TEACHER_D
-    place = (b * S * N + n) * D  # in what attention made, and in what is made here
+    b, head, offset, teacher_offset, place = place_of_program(
+        S, row_stride, teacher_row_stride, D, TEACHER_D
+    )
     attention_mask += b * S
     end = tl.load(ends + b).to(tl.int32)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
@@ -93,12 +98,10 @@ def key_gradient_kernel(query, key, value, teacher_query, teacher_key, attention
     with dS as in `query_gradient_kernel`. Here every tile of maps is transposed: (keys, queries).
     A query behind the end has a log-sum-exp so large that its P is 0.
     """
-    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     N = tl.num_programs(1)
-    head = b * N + n
-    offset = b * S * row_stride + n * D
-    teacher_offset = b * S * teacher_row_stride + n * TEACHER_D
-    place = (b * S * N + n) * D  # in what attention made, and in what is made here
+    b, head, offset, teacher_offset, place = place_of_program(
+        S, row_stride, teacher_row_stride, D, TEACHER_D
+    )
     attention_mask += b * S
     end = tl.load(ends + b).to(tl.int32)
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)

@@ -1,9 +1,9 @@
 """Attention and the loss of its maps, in one pass over tiles of scores.
 
 Three functions of `plain.py` are three settings of the same kernels: attention alone, the loss of
-its maps alone, and both at once. Together they cost one product more than attention does: the
-teacher's scores. The student's are there already, and in backward both gradients are one. Scores
-exist only as tiles in registers.
+its maps alone, and both at once. Together each kernel has one product more than for attention
+alone: the teacher's scores. The student's are there already, and in backward both gradients are
+one. Scores exist only as tiles in registers.
 
 Shapes: B batch, S sequence, N heads, D head size. Every tensor of heads lies in memory as
 (B, S, N, D), as a model makes it; a query, key or value may be a part of wider rows.
@@ -27,6 +27,8 @@ FLOAT32 = {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
 FORWARD = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
 QUERY_GRADIENT = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
 KEY_GRADIENT = {"QUERIES": 32, "KEYS": 64, "num_warps": 4, "num_stages": 3}
+
+Heads = Sequence[Tensor | None]  # (B, N, S, D) each; None where it is not asked for
 
 
 @torch.compiler.disable
@@ -114,9 +116,6 @@ class _Attention(Function):
         gradients = (d_query, d_key, d_value)
         gradients = (each if each is None else each.transpose(1, 2) for each in gradients)
         return *gradients, None, None, None, None
-
-
-Heads = Sequence[Tensor | None]
 
 
 class _Call:

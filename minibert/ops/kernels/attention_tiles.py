@@ -10,7 +10,22 @@ import triton
 import triton.language as tl
 
 LOG_2 = tl.constexpr(math.log(2))
-LOWEST = tl.constexpr(-1e30)  # below every score, yet finite: the difference of two is 0, not NaN
+LOWEST = tl.constexpr(
+    -1e30
+)  # below all that comes, yet finite: the difference of two is 0, not NaN
+
+
+@triton.jit
+def place_of_program(S, row_stride, teacher_row_stride, D: tl.constexpr, TEACHER_D: tl.constexpr):
+    """What a program of a grid (tiles, N, B) works on: b, the sequence; the number of its head
+    among all B N; and where that head's rows begin in the student's tensors, in the teacher's, and
+    in those that attention makes, (B, S, N, D).
+    """
+    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)  # B S N D may pass 2^31
+    N = tl.num_programs(1)
+    student_place = b * S * row_stride + n * D
+    teacher_place = b * S * teacher_row_stride + n * TEACHER_D
+    return b, b * N + n, student_place, teacher_place, (b * S * N + n) * D
 
 
 @triton.jit
@@ -45,6 +60,12 @@ def product(left, right):
 def scores(left, right, D: tl.constexpr):
     """left right^T / (sqrt(D) ln 2)."""
     return product(left, right) * (D**-0.5 / LOG_2)
+
+
+@triton.jit
+def softmax_of_nothing(ROWS: tl.constexpr):
+    """The largest score of each row, and the sum, before the first tile."""
+    return tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit

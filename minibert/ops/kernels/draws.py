@@ -1,8 +1,7 @@
 """Dropout without a mask in memory: which elements stay is a hash, formed anew where it is needed.
 
 A row of elements (of a map, of hidden states) has two keys of 32 bits, mixed from its number and a
-seed; each element's bits are its column mixed into these. Backward mixes the same bits again. A
-handful of instructions an element: counter-based generators as of torch take ten times as many.
+seed; each element's bits are its column mixed into these. Backward mixes the same bits again.
 """
 
 import torch
@@ -14,7 +13,7 @@ DRAWS = 2**32
 
 @triton.jit
 def _mixed(bits):
-    """A permutation of the numbers of 32 bits that depends on each bit of its input.
+    """A permutation of the numbers of 32 bits: each bit of the result depends on all that came in.
 
     Multipliers and shifts: Wellons, "Prospecting for hash functions", 2018 (lowbias32).
     """
@@ -50,6 +49,6 @@ def draw_seed() -> int:
 
 
 def dropped_draws(probability: float) -> tuple[int, float]:
-    """How many of so many draws are dropped, and the factor for those that stay."""
+    """How many of DRAWS draws are dropped, and the factor for those that stay."""
     dropped = min(round(probability * DRAWS), DRAWS - 1)
     return dropped, DRAWS / (DRAWS - dropped)

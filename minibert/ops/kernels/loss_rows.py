@@ -3,7 +3,7 @@
 Shapes: H hidden, V vocabulary, m rows (tokens, masked positions of a tile). Sums are float32, and
 no two programs write to one place: the same inputs give the same bits.
 
-A softmax over tiles is that of `attention_tiles.py`, of rows instead of tiles.
+A softmax over tiles is that of `attention_tiles.py`, of a single row.
 """
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from minibert.ops.kernels.attention_tiles import LOWEST
 from minibert.ops.plain import IGNORED_LABEL, SHORTEST
 
 VOCABULARY_TILE = 4096
@@ -19,13 +20,11 @@ VOCABULARY_LAUNCH = {"num_warps": 8}
 COLUMN_SUM_PARTS = 128  # programs that share the rows of a column
 COLUMN_SUM_TILE = {"ROWS": 32, "COLUMNS": 128}
 
-LOWEST = tl.constexpr(-1e30)  # below every logit, yet finite: the difference of two is 0, not NaN
-
 
 @triton.jit
 def _cosine_of_row(student, teacher, is_real, row, columns, H: tl.constexpr,
                    SHORTEST_SQUARE: tl.constexpr):  # fmt: skip
-    """Both vectors of a row, s and t; |s|^2; 1 / (|s| |t|); 0 and 0 where it is not real."""
+    """Both vectors of a row, s and t (0 where it is not real); |s|^2; 1 / (|s| |t|)."""
     there = (columns < H) & (tl.load(is_real + row) != 0)
     s = tl.load(student + row * H + columns, mask=there, other=0.0).to(tl.float32)
     t = tl.load(teacher + row * H + columns, mask=there, other=0.0).to(tl.float32)

@@ -13,8 +13,10 @@ from torch.autograd.function import Function, once_differentiable
 from minibert.ops.kernels.draws import draw_seed, dropped_draws, kept, keys_of_rows
 
 FORWARD = {"num_warps": 4}
-GRADIENT = {"num_warps": 2, "STAGES": 3}  # of rows that are loaded ahead
-PARTS = 2112  # programs of backward; each adds up its share of the gradients of weight and bias
+GRADIENT = {"num_warps": 2, "STAGES": 3}  # STAGES: rows on their way while one is worked on
+# Programs of backward, each of which adds up its share of the gradients of weight and bias: 16 for
+# each of the 132 multiprocessors of the GPU it was chosen on.
+PARTS = 2112
 
 
 @triton.jit
@@ -43,10 +45,10 @@ def _add_and_norm_kernel(residual, values, weight, bias, seed, result, means, in
     mean = tl.sum(total, axis=0) / H
     centred = tl.where(inside, total - mean, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / H + eps)
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    normed = centred * inverse * w + b
-    tl.store(result + row * H + columns, normed.to(result.dtype.element_ty), mask=inside)
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    scaled = centred * inverse * scale + shift
+    tl.store(result + row * H + columns, scaled.to(result.dtype.element_ty), mask=inside)
     if means is not None:
         tl.store(means + row, mean)
         tl.store(inverses + row, inverse)
@@ -57,27 +59,30 @@ def _add_and_norm_gradient_kernel(residual, values, weight, seed, means, inverse
                                   d_residual, d_values, d_weight_parts, d_bias_parts,
                                   m, dropped, scale_of_kept, H: tl.constexpr,
                                   TILE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One program: some of the rows. With x the normalised row and g = upstream weight,
+    """One program: some of the rows. With n the normalised row, of which LayerNorm made
+    n weight + bias, and d_normed = upstream weight,
 
-    d_total = inverse (g - mean(g) - x mean(g x)),   inverse = 1 / standard deviation
+    d_total = inverse (d_normed - mean(d_normed) - n mean(d_normed n)),
+    inverse = 1 / standard deviation
     """
     columns = tl.arange(0, TILE)
     inside = columns < H
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([TILE], tl.float32)
     d_bias = tl.zeros([TILE], tl.float32)
     for number in tl.range(tl.program_id(0), m, tl.num_programs(0), num_stages=STAGES):
-        row = tl.full([], 0, tl.int64) + number
+        row = tl.full([], 0, tl.int64) + number  # m H may pass 2^31
         total, stays = _summed_row(
             residual, values, seed, row, columns, inside, dropped, scale_of_kept, H
         )
         inverse = tl.load(inverses + row)
-        x = tl.where(inside, (total - tl.load(means + row)) * inverse, 0.0)
+        normed = tl.where(inside, (total - tl.load(means + row)) * inverse, 0.0)
         d_out = tl.load(upstream + row * H + columns, mask=inside, other=0.0).to(tl.float32)
-        d_weight += d_out * x
+        d_weight += d_out * normed
         d_bias += d_out
-        g = d_out * w
-        d_total = inverse * (g - tl.sum(g, axis=0) / H - x * (tl.sum(g * x, axis=0) / H))
+        d_normed = d_out * scale
+        mean = tl.sum(d_normed, axis=0) / H
+        d_total = inverse * (d_normed - mean - normed * (tl.sum(d_normed * normed, axis=0) / H))
         places = row * H + columns
         tl.store(d_residual + places, d_total.to(d_residual.dtype.element_ty), mask=inside)
         if seed is not None:
