@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 LOG_2 = tl.constexpr(math.log(2))
-LOWEST = tl.constexpr(
-    -1e30
-)  # below all that comes, yet finite: the difference of two is 0, not NaN
+# Below every score, yet finite: the difference of two is 0, not NaN.
+LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
