@@ -302,7 +302,9 @@ def main() -> None:
             return
         (restarted,) = agreed(is_restart())
         run = from_rank_0(lambda: RunConfig.from_flags(given, restarted))
-        advice = f"try --micro-batch-tokens below {run.micro_batch_tokens or 'its default'}"
+        kind = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
+        at_once = run.micro_batch_tokens or MICRO_BATCH_TOKENS[kind]
+        advice = f"try --micro-batch-tokens below {at_once}"
         try:
             with out_of_memory_is_told(advice):
                 train(run)

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from outcomes import SEED, Row, compare, outcome
+from outcomes import SEED, Row, compare, outcome, share_of_dropped
 from torch import Tensor
 
 from minibert.ops import kernels, plain
 from minibert.ops.kernels.draws import dropped_draws
 
 UPSTREAM = 0.37  # of the loss
-MOST_STANDARD_DEVIATIONS = 4.5  # of the share that dropout drops
 
 
 class Maps(NamedTuple):
@@ -61,7 +60,8 @@ def check_attention(case: Maps, device: torch.device) -> Iterator[Row]:
     kept, factor = torch.ones((), device=device), 1.0
     if dropout > 0:
         kept = recovered_mask(case, mask, device)
-        yield share_of_dropped(case, kept, mask)
+        real = (mask[:, None, :, None] * mask[:, None, None, :]).expand_as(kept).bool()
+        yield share_of_dropped(kept[real], dropout)
         factor = dropped_draws(dropout)[1]
 
     def attention(query, key, value, ours):
@@ -134,17 +134,3 @@ def recovered_mask(case: Maps, mask: Tensor, device: torch.device) -> Tensor:
         context = kernels.attention(nothing, nothing, value, mask, case.dropout)
         kept[..., columns] = (context[..., : len(columns)] > 0).float()
     return kept
-
-
-def share_of_dropped(case: Maps, kept: Tensor, mask: Tensor) -> Row:
-    """How far that is from what it should be, in standard deviations."""
-    real = (mask[:, None, :, None] * mask[:, None, None, :]).expand_as(kept).bool()
-    elements = kept[real]
-    p = case.dropout
-    error = abs(1 - elements.mean().item() - p) / math.sqrt(p * (1 - p) / len(elements))
-    return {
-        "what": f"share of {len(elements)} that dropout {p} drops, standard deviations",
-        "error": error,
-        "allowed": MOST_STANDARD_DEVIATIONS,
-        "right": error <= MOST_STANDARD_DEVIATIONS,
-    }

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from attention_correctness import LARGER_MAPS, SMALL_MAPS, check_attention
-from outcomes import SEED, Outcome, Row, compare, outcome
+from outcomes import SEED, Outcome, Row, compare, outcome, share_of_dropped
 from torch import Tensor
 
 from minibert.ops import kernels, plain
@@ -85,6 +85,7 @@ def check_norm(
         torch.manual_seed(SEED)
         result = kernels.add_and_norm(residual, leaf, dropout, weight, bias, 1e-12)
         kept = torch.autograd.grad(result, leaf, d_result)[0] != 0
+        yield share_of_dropped(kept.flatten(), dropout)
 
     def ours(residual, values, weight, bias):
         parts = (residual.to(dtype), values.to(dtype), dropout, weight.float(), bias.float())

@@ -14,9 +14,11 @@ What there is no time for is skipped and named. After every part the file holds 
 CUDA, Triton (it comes with torch for CUDA), and `pip install -e ".[bench]"`.
 """
 
+import math
 import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ import step
 import torch
 from cases import all_cases, cases_of_a_step
 from machine import circumstances, give_memory_back, installed, tell
+from outcomes import Row
 from step_correctness import check_resume, check_step
 from variants import BF16, Variant, choose, ours
 from workload import Work, write_random_corpus
 
 from minibert.config import BIOBERT
 from minibert.data.corpus import Corpus
-from minibert.errors import ArgumentParser, InputError, run_command
+from minibert.errors import ArgumentParser, InputError, in_one_line, run_command
 from minibert.evaluate import check_fit
 from minibert.files import write_json
 from minibert.flags import number
@@ -76,7 +79,7 @@ def check_correctness(report: Report, device: torch.device) -> None:
     tell("1. correctness")
     rows = []
     for check in (check_all, check_step, check_resume):
-        rows += check(device)
+        rows += rows_of(check, device)
         report.add(correctness=rows)
     wrong = [row for row in rows if not row["right"]]
     for row in wrong:
@@ -84,6 +87,15 @@ def check_correctness(report: Report, device: torch.device) -> None:
     if wrong:
         raise SystemExit(f"{len(wrong)} of {len(rows)} results are wrong")
     print(f"all {len(rows)} results of kernels, step and resumed run are right")
+
+
+def rows_of(check: Callable[[torch.device], Iterable[Row]], device: torch.device) -> Iterator[Row]:
+    """What a check finds; one that cannot go on, by any error, is wrong and says why."""
+    try:
+        yield from check(device)
+    except Exception as error:
+        what = f"{check.__name__} ended with {type(error).__name__} ({in_one_line(error)})"
+        yield {"what": what, "error": math.inf, "allowed": 0.0, "right": False}
 
 
 def measure_losses(report: Report, batch: int, device: torch.device) -> None:

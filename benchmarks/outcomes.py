@@ -1,5 +1,6 @@
 """How a function's values and gradients are compared with those of a plain formula in float64."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ SEED = 7
 VALUE_TOLERANCE = 5e-6
 # In half precision a gradient is rounded before it is multiplied.
 GRADIENT_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+MOST_STANDARD_DEVIATIONS = 4.5  # of the share that dropout drops
 
 Row = dict[str, Any]
 Outcome = list[Tensor]  # a value, or more, and gradients
@@ -49,3 +51,15 @@ def outcome(
     *values, scalar = function(*leaves)
     gradients = torch.autograd.grad(scalar, leaves)
     return [*(value.detach() for value in values), *gradients]
+
+
+def share_of_dropped(kept: Tensor, dropout: float) -> Row:
+    """How far the share of zeros in `kept` (elements,) is from `dropout`."""
+    deviation = math.sqrt(dropout * (1 - dropout) / len(kept))
+    error = abs(1 - kept.double().mean().item() - dropout) / deviation
+    return {
+        "what": f"share of {len(kept)} that dropout {dropout} drops, standard deviations",
+        "error": error,
+        "allowed": MOST_STANDARD_DEVIATIONS,
+        "right": error <= MOST_STANDARD_DEVIATIONS,
+    }

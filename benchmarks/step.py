@@ -220,6 +220,10 @@ def measure(
         "useful_gflop": [count / 1e9 for count in flops],
         "matrix_gflops": {kind: rate / 1e9 for kind, rate in best_rates.items()},
         "medium_error": medium_error(H, I, work.device),
+        "updates_of_a_turn": {
+            "theirs": TIMED_UPDATES[work.device.type],
+            "ours": TIMED_UPDATES[work.device.type] * TIMES_OURS[work.device.type],
+        },
         "variants": {
             child.variant.name: summary(child, reference, tokens, flops, best_rates)
             for child in children

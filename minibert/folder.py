@@ -6,12 +6,13 @@ from and to Hugging Face's.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minibert.config import BertConfig
 from minibert.data.tokenizer import TOKENIZER_FILES
@@ -19,6 +20,7 @@ from minibert.errors import InputError
 from minibert.files import atomic_folder, file_size, parse_json, read_json, write_json
 from minibert.model import BertForMaskedLM, BertModel
 
+Model = TypeVar("Model", bound=BertModel)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights may be
 LARGEST_HEADER = 1 << 22  # bytes that say which tensors a file holds; BERT's have 20,000
@@ -106,10 +108,29 @@ class ModelFolder(NamedTuple):
     metadata: dict[str, str]
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Weights stay as they are allocated: `torch.nn.init` gives them back untouched.
+
+    On the meta device there is nothing to fill, yet the first draw there imports torch.compile:
+    two seconds of each command that reads a model.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def empty_model(model_class: type[Model], config: BertConfig) -> Model:
+    """A model whose tensors have shapes but no memory, to be filled by `load_state_dict`."""
+    with torch.device("meta"), _NothingDrawn():
+        return model_class(config)
+
+
 def tensor_shapes(model_class: type[BertModel], config: BertConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a model's tensors."""
-    with torch.device("meta"):
-        model = model_class(config)
+    model = empty_model(model_class, config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -174,8 +195,7 @@ def build_model(
     source: the file that an error names. Raises InputError for weights that are not finite:
     nothing can be computed with them, so the file is damaged.
     """
-    with torch.device("meta"):
-        model = model_class(config)
+    model = empty_model(model_class, config)
     weights = {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
     for name, weight in weights.items():
         if not weight.isfinite().all():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from minibert.errors import InputError
+from minibert.folder import empty_model
 from minibert.model import BertForMaskedLM, Linear, MaskedLMOutput
 from minibert.recipes import Recipe
 from minibert.run_config import RunConfig
@@ -75,9 +76,8 @@ def student_from_teacher(
     InputError unless the layers are of the teacher and in ascending order.
     """
     _check_layers(teacher_layers, teacher.config.num_hidden_layers)
-    with torch.device("meta"):  # shapes only: every tensor comes from the teacher
-        config = dataclasses.replace(teacher.config, num_hidden_layers=len(teacher_layers))
-        student = BertForMaskedLM(config)
+    config = dataclasses.replace(teacher.config, num_hidden_layers=len(teacher_layers))
+    student = empty_model(BertForMaskedLM, config)
     parts = {"embeddings": teacher.embeddings, "head": teacher.head}
     parts |= {f"layers.{i}": teacher.layers[number] for i, number in enumerate(teacher_layers)}
     copies = {

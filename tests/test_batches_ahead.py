@@ -4,16 +4,14 @@ Shapes: B sequences of a micro-batch, S its longest sequence, M its masked posit
 """
 
 import multiprocessing
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from conftest import ROOT
 
 from minibert.data.batches import Batches, GlobalBatch, MicroBatch
@@ -124,18 +122,12 @@ def test_leaving_early_ends_the_worker(toy_world):
 # Through the command line.
 
 
-def started(world: Path, data: Path, out: Path, **flags: str) -> subprocess.Popen:
+def started(world: Path, data: Path, out: Path, **flags: str) -> Command:
     """`python train.py` on the toy world, in a process group of its own."""
     flags = {"teacher": str(world / "teacher"), "data": str(data), "out": str(out)} | flags
     flags |= {"max-length": "19", "batch-size": "7", "device": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in flags.items())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    words = (f"--{name}={value}" for name, value in flags.items())
+    return Command(ROOT / "train.py", *words, start_new_session=True)
 
 
 def test_a_damaged_corpus_ends_a_run_in_one_line(toy_world, damaged, tmp_path):

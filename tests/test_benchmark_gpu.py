@@ -41,3 +41,21 @@ def test_where_anything_is_wrong_nothing_is_timed(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="1 of 2 results are wrong"):
         gpu.check_correctness(report, torch.device("cpu"))
     assert json.loads((tmp_path / "gpu.json").read_text())["correctness"] == rows
+
+
+def test_a_check_that_cannot_go_on_is_wrong_and_the_others_are_done(monkeypatch, tmp_path):
+    right = {"what": "a", "error": 0.1, "allowed": 0.2, "right": True}
+
+    def check_all(device):
+        yield right
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setitem(sys.modules, "correctness", types.SimpleNamespace(check_all=check_all))
+    for check in ("check_step", "check_resume"):
+        monkeypatch.setattr(gpu, check, lambda device: [right])
+    report = gpu.Report(tmp_path / "gpu.json", {}, 60.0)
+    with pytest.raises(SystemExit, match="1 of 4 results are wrong"):
+        gpu.check_correctness(report, torch.device("cpu"))
+    told = json.loads((tmp_path / "gpu.json").read_text())["correctness"]
+    assert told[1]["what"] == "check_all ended with RuntimeError (out of resource: shared memory)"
+    assert [row["right"] for row in told] == [True, False, True, True]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minibert.model import BertModel
 from minibert.ops import fused, plain
-from minibert.ops.projections import _joint_projections
+from minibert.ops.projections import joint_projections
 
 B, S, N, D, H = 3, 13, 2, 5, 10
 WIDTHS = (7, 4, 9)  # of three linear maps
@@ -43,7 +43,7 @@ def outcome(function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def joint(values: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:
     """As fused.projections has it on a GPU."""
     pairs = list(zip(weights_and_biases[::2], weights_and_biases[1::2], strict=True))
-    return _joint_projections(values, *pairs)
+    return joint_projections(values, *pairs)
 
 
 def one_by_one(values: Tensor, *weights_and_biases: Tensor) -> tuple[Tensor, ...]:

@@ -18,12 +18,26 @@ from minibert.folder import save_model
 from minibert.model import BertForMaskedLM, BertModel
 
 
+def modules_after(program: str, *arguments: str) -> set[str]:
+    """What a new process has imported at the end of a program."""
+    command = [sys.executable, "-c", f"{program}\nimport sys; print(*sys.modules)", *arguments]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split())
+
+
 def test_importing_minibert_is_quick():
-    listing = "import minibert, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True)
-    modules = done.stdout.split()
+    modules = modules_after("import minibert")
     assert "minibert" in modules
-    assert not {"torch", "numpy", "tokenizers", "safetensors", "transformers"} & set(modules)
+    assert not {"torch", "numpy", "tokenizers", "safetensors", "transformers"} & modules
+
+
+def test_a_wrong_flag_and_a_model_do_not_wait_for_torch_compile(tmp_path):
+    """Its import takes as long as all of torch; a run needs it, for torch's optimisers do."""
+    assert "train" in (modules := modules_after("import train"))
+    assert not {"torch._dynamo", "triton", "transformers"} & modules
+    save_toy(tmp_path / "hf", toy_model())
+    program = "import minibert, sys; model, _ = minibert.load(sys.argv[1])"
+    assert "minibert.folder" in (modules := modules_after(program, str(tmp_path / "hf")))
+    assert not {"torch._dynamo", "triton", "transformers"} & modules
 
 
 def test_the_example_in_the_docstring(tmp_path, monkeypatch):

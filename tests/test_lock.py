@@ -50,7 +50,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(toy_world, two, c
         first.wait(timeout=60)
     train(resumed)
     assert [path.name for path in checkpoints(two.out)] == ["step_000002"]
-    first.communicate(timeout=60)
+    first.wait_for_group()
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 import re
 import shlex
-import subprocess
 import sys
 
+import commands
 import pytest
 from conftest import ROOT
 
@@ -55,9 +55,7 @@ def test_the_commands_have_the_flags_of_their_programs():
     for command in re.findall(r"^python (.*)$", PAGES["results.md"].replace("\\\n", ""), re.M):
         program, *words = shlex.split(command)
         program = [program] if program.endswith(".py") else ["-m", words.pop(0)]
-        told = subprocess.run(
-            [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
-        ).stdout
+        told = commands.run(*program, "--help").stdout
         for flag in filter(lambda word: word.startswith("--"), words):
             assert flag in told, (program, flag)
 

@@ -5,12 +5,11 @@ Through the command line, as users do it; the toy world has 10 updates a second 
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import Command
 from conftest import ROOT
 
 from minibert.training.checkpoint import checkpoints, step_of
@@ -18,22 +17,14 @@ from minibert.training.runlog import TIMES, read_metrics
 from minibert.training.stopping import StopRequest
 
 
-def started(world: Path, out: Path, *flags: str, **options) -> subprocess.Popen:
+def started(world: Path, out: Path, *flags: str) -> Command:
     """`python train.py` on the toy world, in a process group of its own."""
     arguments = ["--teacher", world / "teacher", "--data", world / "corpus", "--out", out]
     arguments += ["--max-length", "19", "--batch-size", "7", "--device", "cpu", *flags]
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        **options,
-    )
+    return Command(ROOT / "train.py", *arguments, start_new_session=True)
 
 
-def wait_for_updates(run: subprocess.Popen, out: Path) -> None:
+def wait_for_updates(run: Command, out: Path) -> None:
     """Until the first update is logged."""
     while run.poll() is None and not any("loss" in line for line in logged(out)):
         time.sleep(0.05)
@@ -44,7 +35,7 @@ def logged(out: Path) -> list[dict]:
     return read_metrics(path) if path.exists() else []
 
 
-def nobody_is_left(run: subprocess.Popen) -> bool:
+def nobody_is_left(run: Command) -> bool:
     try:
         os.killpg(run.pid, 0)
     except ProcessLookupError:
@@ -91,15 +82,9 @@ train.update = slow
 sys.argv = ["train.py", "--out", {str(out)!r}, "--resume", "--steps", "11"]
 raise SystemExit(run_command(train.main))
 """
-    run = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    assert run.stdout.readline() == "updating\n"
+    run = Command("-c", code, start_new_session=True)
+    while run.poll() is None and not run.told():
+        time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
     time.sleep(0.5)
     assert run.poll() is None
@@ -109,7 +94,7 @@ raise SystemExit(run_command(train.main))
     assert time.monotonic() - ended < 10
     assert run.returncode == 130, complaint
     assert complaint.endswith("interrupted\n")
-    assert told == f"\nwhat was saved stays: --out {out} --resume goes on\n"
+    assert told == f"updating\n\nwhat was saved stays: --out {out} --resume goes on\n"
     assert step_of(checkpoints(out)[-1]) == 9
     assert nobody_is_left(run)
 

@@ -6,9 +6,9 @@ comes from above. (Triton's kernels of maps and of hidden states form it in back
 the value left.) Each derivative stands beside the statement that computes it. Products are of the
 dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
-All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Linear maps stand in
-`projections.py`, the losses of hidden states in `hidden_states.py` and those over the vocabulary in
-`vocabulary.py`.
+All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. The losses of hidden states
+stand in `hidden_states.py`, those over the vocabulary in `vocabulary.py`, and what joins linear
+maps on a GPU in `projections.py`.
 
 Shapes: B batch, S sequence, N heads, D head size, H hidden; of what is worked on at once b
 sequences, n tokens of each, r rows of a tile.
@@ -25,7 +25,6 @@ from torch.autograd.function import Function, once_differentiable
 
 from minibert.ops import plain
 from minibert.ops.hidden_states import hidden_state_loss, hidden_state_mse
-from minibert.ops.projections import linear, projections
 from minibert.ops.tiles import ON_GPU, in_cache, kernels_for, precise, precise_dtype, scaled, tiles
 from minibert.ops.vocabulary import vocabulary_loss
 
@@ -81,6 +80,23 @@ def _kept(shape: torch.Size, probability: float, dtype: torch.dtype) -> tuple[Te
     kept = torch.empty(shape, dtype=dtype)
     torch.ge(draws.view(torch.int16)[:count].view(shape), dropped - 2**15, out=kept)
     return kept, 2**16 / (2**16 - dropped)
+
+
+def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b, as `plain.linear`."""
+    return projections(values, (weight, bias))[0]
+
+
+def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Several linear maps of the same values, as `plain.projections`.
+
+    Half precisions on a GPU are multiplied by all weights in one product.
+    """
+    if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
+        from minibert.ops.projections import joint_projections
+
+        return joint_projections(values, *linears)
+    return plain.projections(values, *linears)
 
 
 def add_and_norm(

@@ -1,4 +1,7 @@
-"""The linear maps of `fused.py`: in half precision on a GPU several of the same values are one.
+"""Several linear maps of the same values as one product, for half precisions on a GPU.
+
+Imported by `fused.py` where there are such values: what keeps torch.compile out of it takes two
+seconds to import.
 
 Shapes: n rows, in and out their widths before and after.
 """
@@ -8,28 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from minibert.ops import plain
 from minibert.ops.tiles import kernels_for
 
 
-def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b, as `plain.linear`."""
-    return projections(values, (weight, bias))[0]
-
-
-def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Several linear maps of the same values, as `plain.projections`.
-
-    Half precisions on a GPU are multiplied by all weights in one product; in backward each has its
-    own. The gradients of float32 weights are then the float32 sums, not rounded in between.
-    """
-    if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
-        return _joint_projections(values, *linears)
-    return plain.projections(values, *linears)
-
-
 @torch.compiler.disable
-def _joint_projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def joint_projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """As `plain.projections`: one product forward, one for each weight in backward.
+
+    The gradients of float32 weights are then the float32 sums, not rounded in between.
+    """
     weights, biases = zip(*linears, strict=True)
     return _Projections.apply(values, len(linears), *weights, *biases)
 

@@ -35,7 +35,6 @@ from campaigns.toy_runs import (
     differences,
     forked,
     free_port,
-    living,
     logged,
     make_world,
     newest_whole,
@@ -43,6 +42,7 @@ from campaigns.toy_runs import (
     rank_of,
     started,
 )
+from commands import living
 
 from minibert.training.checkpoint import checkpoints
 

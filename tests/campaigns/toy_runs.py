@@ -159,19 +159,6 @@ def nobody_left(processes: list[Process]) -> Iterator[None]:
                 process.kill()
 
 
-def living(group: int) -> list[int]:
-    """The processes of a group that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue  # it has ended meanwhile
-        if int(its_group) == group and state != "Z":
-            found.append(int(path.parent.name))
-    return found
-
-
 def rank_of(launcher: int) -> dict[int, int]:
     """The ranks that a torchrun has under way: rank -> process."""
     found = {}
