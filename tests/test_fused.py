@@ -306,7 +306,13 @@ def with_teacher(loss, teacher, mask, *student):
     return loss(*student, *teacher, mask)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(mask, id=name, marks=[] if name == "holes" else pytest.mark.slow)
+        for name, mask in MASKS.items()
+    ],
+)
 def test_the_written_derivatives_are_the_true_ones(same_dropout, mask):
     query, key, *teacher = queries_and_keys()
     mask = torch.tensor(mask)
