@@ -35,6 +35,7 @@ from minibert.student import Student, layers_to_follow, new_student, without_pro
 from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
 from minibert.training.device import (
     MICRO_BATCH_TOKENS,
+    device_type,
     out_of_memory_is_told,
     release_freed_memory,
     set_up_device,
@@ -302,8 +303,7 @@ def main() -> None:
             return
         (restarted,) = agreed(is_restart())
         run = from_rank_0(lambda: RunConfig.from_flags(given, restarted))
-        kind = "cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu"
-        at_once = run.micro_batch_tokens or MICRO_BATCH_TOKENS[kind]
+        at_once = run.micro_batch_tokens or MICRO_BATCH_TOKENS[device_type(run.device)]
         advice = f"try --micro-batch-tokens below {at_once}"
         try:
             with out_of_memory_is_told(advice):

@@ -14,9 +14,9 @@ What there is no time for is skipped and named. After every part the file holds 
 CUDA, Triton (it comes with torch for CUDA), and `pip install -e ".[bench]"`.
 """
 
-import math
 import tempfile
 import time
+import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -83,7 +83,8 @@ def check_correctness(report: Report, device: torch.device) -> None:
         report.add(correctness=rows)
     wrong = [row for row in rows if not row["right"]]
     for row in wrong:
-        tell(f"wrong: {row['what']}: error {row['error']:.1e}, allowed {row['allowed']:.1e}")
+        errors = "" if row["error"] is None else ": error {error:.1e}, allowed {allowed:.1e}"
+        tell(f"wrong: {row['what']}{errors.format(**row)}")
     if wrong:
         raise SystemExit(f"{len(wrong)} of {len(rows)} results are wrong")
     print(f"all {len(rows)} results of kernels, step and resumed run are right")
@@ -94,8 +95,9 @@ def rows_of(check: Callable[[torch.device], Iterable[Row]], device: torch.device
     try:
         yield from check(device)
     except Exception as error:
+        traceback.print_exc()
         what = f"{check.__name__} ended with {type(error).__name__} ({in_one_line(error)})"
-        yield {"what": what, "error": math.inf, "allowed": 0.0, "right": False}
+        yield {"what": what, "error": None, "allowed": None, "right": False}
 
 
 def measure_losses(report: Report, batch: int, device: torch.device) -> None:

@@ -1,7 +1,9 @@
 """Commands as users give them, in processes of their own that begin in a tenth of a second.
 
 To import torch takes 2 to 5 s. A server has done so once, and computes nothing; a command is a
-fork of it that does what `python ARGUMENTS` does: its own folder, environment, files and signals.
+fork of it that does what `python ARGUMENTS` does: in its own folder, with its own variables, files
+and signals. What a Python settles when it begins is the server's: the seed of hashes, the number of
+threads, what is imported already. Where that matters, a test starts a new one.
 
     python tests/commands.py SOCKET       the server; it ends when its standard input does
 """
@@ -17,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 START = 120  # seconds in which a server has imported torch, on the slowest machine
 
 
@@ -35,8 +39,7 @@ class Command:
         arguments: a script, -m and a module or -c and a program; then those of the program.
         cwd: its folder.
         environment: variables beside those of this process.
-        stdin: text to read, or a file descriptor; None is an empty one.
-        stdout: a file descriptor; None is a file that `communicate` reads.
+        stdin: text to read.
         start_new_session: whether it leads a process group of its own, and has no terminal.
     """
 
@@ -45,19 +48,14 @@ class Command:
         *arguments: Any,
         cwd: Path = ROOT,
         environment: dict[str, str] | None = None,
-        stdin: str | int | None = None,
-        stdout: int | None = None,
+        stdin: str = "",
         start_new_session: bool = False,
     ):
         self.returncode = None
         # To append: what is read meanwhile does not move the place of the next line.
         self._files = [tempfile.TemporaryFile("a+") for _ in range(3)]  # noqa: SIM115
-        if isinstance(stdin, str):
-            self._files[0].write(stdin)
-            self._files[0].seek(0)
-        numbers = [file.fileno() for file in self._files]
-        numbers[0] = stdin if isinstance(stdin, int) else numbers[0]
-        numbers[1] = numbers[1] if stdout is None else stdout
+        self._files[0].write(stdin)
+        self._files[0].seek(0)
         asked = {
             "arguments": list(map(str, arguments)),
             "cwd": str(cwd),
@@ -66,7 +64,7 @@ class Command:
         }
         self._server = socket.socket(socket.AF_UNIX)
         self._server.connect(str(server()))
-        socket.send_fds(self._server, [b"!"], numbers)
+        socket.send_fds(self._server, [b"!"], [file.fileno() for file in self._files])
         self._server.sendall(json.dumps(asked).encode() + b"\n")
         self._answers = self._server.makefile()
         self.pid = int(self._answers.readline())
@@ -109,7 +107,10 @@ class Command:
         return self._written(2)
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """Nothing happens where it has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # in this very moment
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -128,8 +129,7 @@ def run(*arguments: Any, timeout: float = 300, **options: Any) -> subprocess.Com
     try:
         told, complaint = command.communicate(timeout)
     finally:
-        if command.poll() is None:
-            command.kill()
+        command.kill()
     return subprocess.CompletedProcess(arguments, command.returncode, told, complaint)
 
 
@@ -138,13 +138,14 @@ def server() -> Path:
     """The socket of this process's server, which is there when this returns."""
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "socket"
-    environment = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [sys.executable, __file__, path], stdin=subprocess.PIPE, cwd=ROOT, env=environment
     )
 
     def end() -> None:
-        process.stdin.close()
+        process.terminate()  # what tests have forked may hold its standard input
         process.wait()
         folder.cleanup()
 
@@ -198,12 +199,18 @@ def answer(connection: socket.socket) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
     asked = json.loads(connection.makefile().readline())
+    begun, begins = os.pipe()
     pid = os.fork()
     if pid == 0:
         connection.close()
+        if asked["new_session"]:
+            os.setsid()
+        os.close(begun)
+        os.close(begins)
         become(asked, files)
-    for number in files:
+    for number in (*files, begins):
         os.close(number)
+    os.read(begun, 1)  # until it leads its session, if it does: who asked may signal it at once
     connection.sendall(b"%d\n" % pid)
     _, status = os.waitpid(pid, 0)
     connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
@@ -212,8 +219,6 @@ def answer(connection: socket.socket) -> int:
 
 def become(asked: dict[str, Any], files: list[int]) -> None:
     """Be the command, to its end; what it raises, Python deals with."""
-    if asked["new_session"]:
-        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -232,7 +237,8 @@ def become(asked: dict[str, Any], files: list[int]) -> None:
     elif first == "-c":
         sys.path[0] = ""
         program, sys.argv[0] = sys.argv[0], "-c"
-        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(program, "<string>", "exec"), vars(main))
     else:
         sys.argv = [first, *sys.argv]
         sys.path[0] = str(Path(first).resolve().parent)

@@ -133,6 +133,7 @@ def started(world: Path, data: Path, out: Path, **flags: str) -> Command:
 def test_a_damaged_corpus_ends_a_run_in_one_line(toy_world, damaged, tmp_path):
     run = started(toy_world, damaged, tmp_path / "run", steps="100")
     out, err = run.communicate(timeout=60)
+    run.wait_for_group()
     assert run.returncode == 2, err
     assert out == ""
     assert err == f"error: {damaged / 'tokens.bin'}: damaged; document 4 holds 60000\n"

@@ -1,8 +1,10 @@
 """Commands that tests begin in a forked process are as those that Python begins anew."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import commands
 import pytest
@@ -19,6 +21,8 @@ PROGRAMS = {
     "terminated": "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
     "a worker": "import multiprocessing as m\np = m.Process(target=print, args=(1,))\np.start()\n"
     "p.join()\nprint(p.exitcode)",
+    "a function of its own": "import sys\ndef f(): pass\n"
+    "print(sys.modules['__main__'].f is f, f.__module__)",
 }
 
 
@@ -42,6 +46,24 @@ def test_a_command_is_run_as_python_runs_it(command):
         [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert (here.returncode, here.stdout, here.stderr) == (0, alone.stdout, alone.stderr)
+
+
+def test_one_that_runs_on_is_ended_in_time():
+    begun = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        commands.run("-c", "import time; time.sleep(99)", timeout=0.3)
+    assert time.monotonic() - begun < 60
+
+
+def test_a_session_of_its_own_can_be_signalled_at_once():
+    program = "import subprocess; subprocess.run(['sleep', '99'])"
+    for _ in range(5):
+        running = commands.Command("-c", program, start_new_session=True)
+        assert os.getpgid(running.pid) == running.pid != os.getpgid(0)
+        os.killpg(running.pid, signal.SIGKILL)
+        assert running.wait(9) == -9
+        running.wait_for_group(9)
+        running.kill()  # it has ended: nothing happens
 
 
 def test_one_that_runs_on_can_be_ended():

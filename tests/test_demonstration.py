@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from minibert.demonstration import DEMO_TEACHER, demonstration
+from minibert.folder import save_model
+from minibert.model import BertForMaskedLM
+from minibert.run_config import RunConfig
 from minibert.training.runlog import read_metrics
 
 
@@ -32,6 +36,26 @@ def newest_step(metrics: Path) -> int | None:
         return read_metrics(metrics)[-1]["step"]
     except (OSError, IndexError):
         return None
+
+
+def test_a_finished_demonstration_keeps_its_teacher_and_begins_its_student_anew(
+    monkeypatch, tmp_path
+):
+    """With a stand-in for training, which writes what a run leaves in the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minibert.demonstration.DEMO_DOCUMENTS", 2_000)
+    runs = []
+
+    def train(run: RunConfig) -> None:
+        assert not run.out.exists()
+        run.out.mkdir()
+        result = run.out / ("model" if run.teacher is None else "student")
+        save_model(result, BertForMaskedLM(DEMO_TEACHER), tokenizer_from=run.data)
+        runs.append(run.out.name)
+
+    demonstration(train)
+    demonstration(train)
+    assert runs == ["teacher", "compact", "compact"]
 
 
 @pytest.mark.slow
@@ -58,11 +82,15 @@ def test_the_student_ends_clearly_nearer_its_teacher(tmp_path):
 
     weights = (demo / "teacher" / "model" / "model.safetensors").stat()
     second = demonstrated(tmp_path)
-    while newest_step(demo / "compact" / "metrics.jsonl") in (None, 0, 300):
-        assert second.poll() is None, second.communicate()
-        time.sleep(0.05)
-    second.send_signal(signal.SIGINT)
-    told, complaint = second.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 300
+        while newest_step(demo / "compact" / "metrics.jsonl") in (None, 0, 300):
+            assert second.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        second.send_signal(signal.SIGINT)
+        told, complaint = second.communicate(timeout=60)
+    finally:
+        second.kill()
     assert second.returncode == 130, complaint
     assert told.startswith("3. A student")
     assert "goes on" in told

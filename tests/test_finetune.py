@@ -46,7 +46,9 @@ def assert_same_result(one, other) -> None:
         assert path.read_bytes() == (other.out / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("task", ["ner", "relation", pytest.param("qa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[pytest.mark.slow] * (task == "qa")) for task in TASKS]
+)
 def test_a_task_is_learnt(task, toy_world, tmp_path):
     """The rule of the toy data is found, and test confirms it; chance would stay below a half."""
     run = toy_settings(task, toy_world, tmp_path, epochs=12)

@@ -30,7 +30,7 @@ def test_importing_minibert_is_quick():
     assert not {"torch", "numpy", "tokenizers", "safetensors", "transformers"} & modules
 
 
-def test_a_wrong_flag_and_a_model_do_not_wait_for_torch_compile(tmp_path):
+def test_importing_train_and_reading_a_model_do_not_import_torch_compile(tmp_path):
     """Its import takes as long as all of torch; a run needs it, for torch's optimisers do."""
     assert "train" in (modules := modules_after("import train"))
     assert not {"torch._dynamo", "triton", "transformers"} & modules

@@ -30,6 +30,7 @@ from minibert.errors import run_command
 from minibert.folder import load_model
 from minibert.run_config import RunConfig
 from minibert.training.checkpoint import State, checkpoints, save_checkpoint
+from minibert.training.device import MICRO_BATCH_TOKENS
 from minibert.training.runlog import read_metrics
 from train import train
 
@@ -80,6 +81,7 @@ def ended(run: Command, seconds: float) -> str:
     try:
         complaint = run.communicate(timeout=seconds)[1]
         assert run.returncode == 2
+        run.wait_for_group(seconds)
         return complaint
     finally:
         with suppress(ProcessLookupError):
@@ -298,7 +300,13 @@ ADVICE = "out of memory; try --micro-batch-tokens below {}"
 def with_memory(more: int, run: RunConfig) -> subprocess.CompletedProcess:
     """Resume a run with so many bytes beyond what it begins with, a whole batch at once."""
     flags = ["--out", run.out, "--resume", "--micro-batch-tokens", "12000"]
-    return commands.run("-c", LITTLE_MEMORY, more, *flags, timeout=30)
+    return subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(more), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 @linux
@@ -346,7 +354,7 @@ def test_memory_of_a_gpu_is_told_alike(toy_run, monkeypatch, capsys, where, erro
     with monkeypatch.context() as patch:
         patch.setattr(train_script, where, too_much)
         assert main_of(run, patch) == 2
-    assert one_line(capsys.readouterr().err) == ADVICE.format(at_once or 4096)
+    assert one_line(capsys.readouterr().err) == ADVICE.format(at_once or MICRO_BATCH_TOKENS["cpu"])
     assert content(run.out / "step_000002") == before
     assert main_of(run, monkeypatch) == 0
 

@@ -14,6 +14,13 @@ from minibert.errors import InputError
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 49_152}
 
 
+def device_type(name: str) -> str:
+    """`cpu` or `cuda`; `auto` is the GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 def set_up_device(name: str, number: int = 0) -> torch.device:
     """`auto` is the GPU where there is one; `cuda` without one, or without `number`: InputError.
 
@@ -23,8 +30,7 @@ def set_up_device(name: str, number: int = 0) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device that torch can use")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_type(name)
     if name == "cuda" and number > 0:
         if number >= torch.cuda.device_count():
             raise InputError(f"no GPU {number} (counted from 0) for this process on this machine")
