@@ -174,6 +174,8 @@ def living(group: int) -> list[int]:
 
 
 def serve(path: Path) -> None:
+    """Answer whoever asks, until nobody is left to ask."""
+    import torch._dynamo  # noqa: F401  (a run imports it: two seconds)
 
     import train  # noqa: F401
 
