@@ -194,8 +194,8 @@ def test_killed_ten_times_at_random(world, out, workers):
 
 @pytest.mark.slow
 def test_killed_ten_times_on_real_data(shared_data, tmp_path):
-    inputs = [*sorted((shared_data / "pubmed-text").glob("*.tsv.gz"))]
-    inputs += [shared_data / "pubmed-xml" / "pubmed21n1298.xml.gz"]
+    names = ("pubmed-text/cohen2006_abstracts.tsv.gz", "pubmed-xml/pubmed21n1298.xml.gz")
+    inputs = [shared_data / name for name in names]
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         shutil.copyfile(shared_data / "vocab" / "vocab.txt", tmp_path / folder / "vocab.txt")
