@@ -45,9 +45,8 @@ def logit_sizes(operations: list[Operation], V: int) -> set[int]:
     return {math.prod(shape) for shape in made(operations) if len(shape) > 1 and shape[-1] == V}
 
 
-@pytest.mark.parametrize(
-    "recipe", ["compactbiobert", pytest.param("tinybiobert", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["compactbiobert", "tinybiobert"])
 def test_no_whole_maps_and_logits_at_biobert_s_size(recipe, monkeypatch):
     monkeypatch.setattr(step, "MASKED_SHARE", MASKED_SHARE)
     config = dataclasses.replace(BIOBERT, num_hidden_layers=2)
