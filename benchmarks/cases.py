@@ -236,8 +236,10 @@ def all_cases() -> list[Case]:
 
 
 def cases_of_a_step(B: int, S: int) -> list[Case]:
-    """The sizes of a micro-batch. An eighth of its positions are masked, M: 15 % of the real ones,
-    where texts fill five sixths of it."""
+    """The sizes of a micro-batch, an eighth of whose positions are masked: M.
+
+    That is 15 % of the real ones where texts fill five sixths of it, as random corpora do.
+    """
     over_tokens = (
         ATTENTION_MAP_LOSS, ATTENTION_AND_MAP_LOSS, ADD_AND_NORM, HIDDEN_STATE_LOSS, ATTENTION,
         ATTENTION_WITH_DROPOUT, DROPOUT,

@@ -278,8 +278,10 @@ def test_a_second_one_is_refused(world, out):
     first = started(world[0], out, "--workers", "2")
     wait_until(lambda: begun(out), first)
     os.kill(first.pid, signal.SIGSTOP)  # so that it is not done before the second has asked
-    second = run(world[0], out)
-    os.kill(first.pid, signal.SIGCONT)
+    try:
+        second = run(world[0], out)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     if first.poll() is None:
         holder = f"in use by process {first.pid} on "
         assert second.stderr.startswith(f"error: {out}.shards: {holder}".encode())
