@@ -6,6 +6,7 @@ The values that the definitions give stand in test_losses.py, for both.
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -231,6 +232,24 @@ def test_products_of_float32_are_again_what_they_were():
     assert torch.get_float32_matmul_precision() == before
     with tiles.factors_of(torch.float32):
         assert torch.get_float32_matmul_precision() == before
+
+
+def test_attention_without_backward(monkeypatch):
+    """What a teacher does: of long sequences one after the other, some heads at once."""
+    monkeypatch.setattr(fused, "LONG", S)
+    inputs = [*queries_and_keys()[:2], normal(B, S, N, D, seed=21).transpose(1, 2)]
+    for dtype, mask in product(PRECISIONS, MASKS.values()):
+        rounded = [part.to(dtype) for part in inputs]
+        by_any = [rounded, [part.clone().requires_grad_() for part in rounded]]
+        mask = torch.tensor(mask)
+        lean, torchs = (fused.attention(*parts, mask, 0.0) for parts in by_any)
+        assert torchs.requires_grad and not lean.requires_grad and lean.dtype == dtype
+        exact = plain.attention(*(part.double() for part in rounded), mask, 0.0)
+        real = mask.bool()[:, None, :, None]
+        for context in (lean, torchs):
+            error = ((context.detach().double() - exact) * real).norm() / (exact * real).norm()
+            assert error <= 2 * PRECISIONS[dtype]
+        assert (lean * ~real).eq(0).all()  # padding is not computed
 
 
 def test_attention_without_dropout():

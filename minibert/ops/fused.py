@@ -25,7 +25,16 @@ from torch.autograd.function import Function, once_differentiable
 
 from minibert.ops import plain
 from minibert.ops.hidden_states import hidden_state_loss, hidden_state_mse
-from minibert.ops.tiles import ON_GPU, in_cache, kernels_for, precise, precise_dtype, scaled, tiles
+from minibert.ops.tiles import (
+    ON_GPU,
+    exponential,
+    in_cache,
+    kernels_for,
+    precise,
+    precise_dtype,
+    scaled,
+    tiles,
+)
 from minibert.ops.vocabulary import vocabulary_loss
 
 __all__ = [
@@ -41,6 +50,8 @@ __all__ = [
     "projections",
     "vocabulary_loss",
 ]
+
+LONG = 64  # tokens from which attention on a CPU is made of one sequence after the other
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -117,17 +128,24 @@ def attention(
     """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
 
     query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
-    (B, N, S, D). On a CPU, where torch has no lean attention with dropout, one sequence at a time:
-    its maps fit into the cache while they are worked on, and its padding is not computed (the
-    context there is 0). A map of each sequence, B N S^2 values, is kept for backward.
+    (B, N, S, D).
+
+    On a CPU torch's own has no lean dropout, and from `LONG` on takes up to twice as long as one
+    sequence after the other, whose maps fit into the cache and whose padding is not computed (the
+    context there is 0). With dropout a map of each sequence, B N S^2 values, is kept for backward;
+    without, and where one follows, torch's own keeps none.
     """
     if kernels := _attention_kernels(query):
         return kernels.attention(query, key, value, attention_mask, dropout)
-    if dropout > 0 and not query.is_cuda:
-        return _Attention.apply(query, key, value, attention_mask, dropout)
+    if not query.is_cuda:
+        if dropout > 0:
+            return _Attention.apply(query, key, value, attention_mask, dropout)
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        if not learns and query.shape[2] >= LONG:
+            return _attention_without_backward(query, key, value, attention_mask)
     real = attention_mask[:, None, None, :].bool()  # (B, 1, 1, S)
     heads = (query, key, value)
-    if query.requires_grad and not query.is_cuda:
+    if not query.is_cuda and query.requires_grad:
         # torch's backward in bfloat16 takes up to five times its float32's time on a CPU.
         heads = tuple(map(precise, heads))
     context = F.scaled_dot_product_attention(*heads, attn_mask=real, dropout_p=dropout)
@@ -137,6 +155,26 @@ def attention(
 def _attention_kernels(query: Tensor) -> ModuleType | None:
     """Triton's attention, of half precisions alone: in float32 torch's is faster."""
     return None if query.dtype == torch.float32 else kernels_for(query)
+
+
+def _attention_without_backward(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """Attention without dropout: of one sequence so many heads at once as fit into the cache."""
+    B, N, S, D = query.shape
+    context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
+    for b, real in enumerate(_real_tokens(attention_mask)):
+        q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
+        n = q.shape[1]
+        for heads in tiles(N, n * n, in_cache(q, times=4)):
+            context[b][heads, real] = _probs(q[heads], k[heads]).to(v.dtype) @ v[heads]
+    return context
+
+
+def _probs(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) of some heads, (h, n, n) in float32, in the scores' own memory."""
+    scores = (precise(query) / math.sqrt(query.shape[-1])) @ precise(key).mT
+    return torch.softmax(scores, -1, out=scores)
 
 
 class _Attention(Function):
@@ -153,8 +191,7 @@ class _Attention(Function):
         maps = []
         for b, real in enumerate(_real_tokens(attention_mask)):
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-            scores = (precise(q) / math.sqrt(D)) @ precise(k).transpose(1, 2)  # (N, n, n)
-            probs = scores.softmax(-1).to(v.dtype)  # (N, n, n)
+            probs = _probs(q, k).to(v.dtype)  # (N, n, n)
             kept, ctx.scale = _kept(probs.shape, dropout, probs.dtype)
             kept_probs = probs * kept  # (N, n, n)
             context[b][:, real] = (kept_probs @ v).mul_(ctx.scale)
@@ -299,11 +336,12 @@ def _scores(query: Tensor, key: Tensor, rows: slice, padding: Tensor | None) -> 
 
 def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (b, N, r, n) of both."""
-    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)  # (b, N, r, n)
-    teacher_probs = teacher.exp()
+    for scores in (student, teacher):
+        torch.log_softmax(scores, -1, out=scores)  # in its place, as all that follows
+    teacher_probs = exponential(teacher)  # (b, N, r, n)
     log_ratio = teacher.sub_(student)  # (b, N, r, n)
-    difference = student.exp_().sub_(teacher_probs)  # (b, N, r, n): P_s - P_t
-    kl_sum = torch.dot(teacher_probs.flatten(), log_ratio.flatten())
+    difference = exponential(student, out=student).sub_(teacher_probs)  # (b, N, r, n): P_s - P_t
+    kl_sum = log_ratio.mul_(teacher_probs).sum()
     # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
     return kl_sum + difference.sum(), difference
 
@@ -314,7 +352,7 @@ def _squares_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     student_probs = student.softmax(-1)  # (b, N, r, n)
     difference = student_probs - teacher.softmax(-1)  # (b, N, r, n)
-    square_sum = torch.dot(difference.flatten(), difference.flatten())
+    square_sum = difference.square().sum()
     weighted = difference.mul_(student_probs)  # (b, N, r, n): P G / 2
     row_sums = weighted.sum(-1, keepdim=True)  # (b, N, r, 1)
     return square_sum, weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)

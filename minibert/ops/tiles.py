@@ -1,5 +1,6 @@
 """What the fused operations share: the size of a tile, the precision of a sum, the Triton twins."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -62,6 +63,14 @@ def precise(tensor: Tensor) -> Tensor:
 
 def precise_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def exponential(logs: Tensor, out: Tensor | None = None) -> Tensor:
+    """e^x as 2^(x log2 e); out: where to, `logs` itself for instance.
+
+    torch leaves `exp` to MKL on a CPU, which takes two and a half times as long on AMD's.
+    """
+    return torch.mul(logs, 1 / math.log(2), out=out).exp2_()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.autograd.function import Function, once_differentiable
 from minibert.ops.plain import IGNORED_LABEL
 from minibert.ops.tiles import (
     at_once,
+    exponential,
     factors_of,
     in_cache,
     kernels_for,
@@ -135,7 +136,8 @@ def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels, gradien
                      temperature, mlm_weight, output_weight):  # fmt: skip
     """Losses of each row, mlm (r,) and output (r,); their gradient is written to `gradient`.
 
-    logits (r, V), float32 or float64, and biases of any dtype; gradient (r, V) may be `logits`.
+    logits (r, V), float32 or float64, and biases of any dtype; gradient (r, V) is of the logits'
+    dtype, and may be `logits`.
     """
     r, V = logits.shape
     T = temperature
@@ -146,15 +148,19 @@ def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels, gradien
         z = logits[rows] + bias  # (rows, V)
         log_p = z.log_softmax(-1)
         mlm[rows] = -log_p.gather(1, labels[rows])
-        d_logits = log_p.exp().mul_(mlm_weight)
-        d_logits.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
+        p = exponential(log_p)  # (rows, V)
+        d_logits = torch.mul(p, mlm_weight, out=gradient[rows])
         if teacher_logits is not None:
-            log_q = log_p if T == 1 else (z / T).log_softmax(-1)
-            log_q_t = ((teacher_logits[rows] + teacher_bias) / T).log_softmax(-1)
-            q_t = log_q_t.exp()
-            output[rows] = T**2 * (q_t * (log_q_t - log_q)).sum(-1, keepdim=True)
-            d_logits.add_(log_q.exp(), alpha=output_weight * T).sub_(q_t, alpha=output_weight * T)
-        gradient[rows] = d_logits.mul_(counts[rows])
+            log_q, q = log_p, p
+            if T != 1:
+                log_q = z.div_(T).log_softmax(-1)
+                q = exponential(log_q)
+            log_q_t = torch.add(teacher_logits[rows], teacher_bias, out=z).div_(T).log_softmax(-1)
+            q_t = exponential(log_q_t, out=z)
+            output[rows] = T**2 * log_q_t.sub_(log_q).mul_(q_t).sum(-1, keepdim=True)
+            d_logits.add_(q.sub_(q_t), alpha=output_weight * T)
+        d_logits.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
+        d_logits.mul_(counts[rows])
     return (mlm * counts).squeeze(1), (output * counts).squeeze(1)
 
 
@@ -167,5 +173,5 @@ def _entropy_rows(logits, bias, labels, temperature):
     entropy = logits.new_zeros(len(logits))
     for rows in tiles(*logits.shape, in_cache(logits)):
         log_q = ((logits[rows, : len(bias)] + bias) / temperature).log_softmax(-1)  # (rows, V)
-        entropy[rows] = -(log_q.exp() * log_q).sum(-1)
+        entropy[rows] = -(exponential(log_q) * log_q).sum(-1)
     return entropy * (labels != IGNORED_LABEL)
