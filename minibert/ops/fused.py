@@ -26,10 +26,11 @@ from torch.autograd.function import Function, once_differentiable
 from minibert.ops import plain
 from minibert.ops.hidden_states import hidden_state_loss, hidden_state_mse
 from minibert.ops.tiles import (
+    LN2,
     ON_GPU,
-    exponential,
     in_cache,
     kernels_for,
+    log2_softmax,
     precise,
     precise_dtype,
     scaled,
@@ -326,22 +327,22 @@ def _masked_parts(attention_mask: Tensor, num_heads: int) -> Iterator[Part]:
 def _scores(query: Tensor, key: Tensor, rows: slice, padding: Tensor | None) -> Tensor:
     """scale Q K^T of some rows, with query, key (b, N, n, D) and padding (b, 1, 1, n).
 
-    Returns (b, N, r, n), the lowest number there is where a key is padding.
+    Returns (b, N, r, n). Where a key is padding it is half of the lowest number there is, so that
+    its logarithm to the base 2 is finite too.
     """
     scores = (query[:, :, rows] / math.sqrt(query.shape[-1])) @ key.mT
     if padding is not None:
-        scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(padding, torch.finfo(scores.dtype).min / 2)
     return scores
 
 
 def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (b, N, r, n) of both."""
-    for scores in (student, teacher):
-        torch.log_softmax(scores, -1, out=scores)  # in its place, as all that follows
-    teacher_probs = exponential(teacher)  # (b, N, r, n)
-    log_ratio = teacher.sub_(student)  # (b, N, r, n)
-    difference = exponential(student, out=student).sub_(teacher_probs)  # (b, N, r, n): P_s - P_t
-    kl_sum = log_ratio.mul_(teacher_probs).sum()
+    # In the scores' own memory, as far as that goes.
+    student, teacher = (log2_softmax(scores, out=scores) for scores in (student, teacher))
+    teacher_probs = teacher.exp2()  # (b, N, r, n)
+    kl_sum = LN2 * teacher.sub_(student).mul_(teacher_probs).sum()
+    difference = student.exp2_().sub_(teacher_probs)  # (b, N, r, n): P_s - P_t
     # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
     return kl_sum + difference.sum(), difference
 

@@ -13,11 +13,12 @@ from torch.autograd.function import Function, once_differentiable
 
 from minibert.ops.plain import IGNORED_LABEL
 from minibert.ops.tiles import (
+    LN2,
     at_once,
-    exponential,
     factors_of,
     in_cache,
     kernels_for,
+    log2_softmax,
     precise,
     precise_dtype,
     scaled,
@@ -146,18 +147,18 @@ def _vocabulary_rows(logits, teacher_logits, bias, teacher_bias, labels, gradien
     mlm, output = logits.new_zeros(2, r, 1)
     for rows in tiles(r, V, in_cache(logits)):
         z = logits[rows] + bias  # (rows, V)
-        log_p = z.log_softmax(-1)
-        mlm[rows] = -log_p.gather(1, labels[rows])
-        p = exponential(log_p)  # (rows, V)
+        log_p = log2_softmax(z)  # to the base 2, as log_q and log_q_t
+        p = log_p.exp2()
+        mlm[rows] = -LN2 * log_p.gather(1, labels[rows])
         d_logits = torch.mul(p, mlm_weight, out=gradient[rows])
         if teacher_logits is not None:
             log_q, q = log_p, p
             if T != 1:
-                log_q = z.div_(T).log_softmax(-1)
-                q = exponential(log_q)
-            log_q_t = torch.add(teacher_logits[rows], teacher_bias, out=z).div_(T).log_softmax(-1)
-            q_t = exponential(log_q_t, out=z)
-            output[rows] = T**2 * log_q_t.sub_(log_q).mul_(q_t).sum(-1, keepdim=True)
+                log_q = log2_softmax(z.div_(T), out=z)
+                q = log_q.exp2()
+            log_q_t = log2_softmax((teacher_logits[rows] + teacher_bias).div_(T))
+            q_t = log_q_t.exp2()
+            output[rows] = T**2 * LN2 * log_q_t.sub_(log_q).mul_(q_t).sum(-1, keepdim=True)
             d_logits.add_(q.sub_(q_t), alpha=output_weight * T)
         d_logits.scatter_add_(1, labels[rows], torch.full_like(mlm[rows], -mlm_weight))
         d_logits.mul_(counts[rows])
@@ -172,6 +173,6 @@ def _entropy_rows(logits, bias, labels, temperature):
     """
     entropy = logits.new_zeros(len(logits))
     for rows in tiles(*logits.shape, in_cache(logits)):
-        log_q = ((logits[rows, : len(bias)] + bias) / temperature).log_softmax(-1)  # (rows, V)
-        entropy[rows] = -(exponential(log_q) * log_q).sum(-1)
+        log_q = log2_softmax((logits[rows, : len(bias)] + bias) / temperature)  # (rows, V)
+        entropy[rows] = -LN2 * (log_q.exp2() * log_q).sum(-1)
     return entropy * (labels != IGNORED_LABEL)
