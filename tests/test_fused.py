@@ -234,22 +234,21 @@ def test_products_of_float32_are_again_what_they_were():
         assert torch.get_float32_matmul_precision() == before
 
 
-def test_attention_without_backward(monkeypatch):
-    """What a teacher does: of long sequences one after the other, some heads at once."""
-    monkeypatch.setattr(fused, "LONG", S)
+def test_attention_without_backward():
+    """What a teacher does: some heads at once. With gradients to come, whole maps."""
     inputs = [*queries_and_keys()[:2], normal(B, S, N, D, seed=21).transpose(1, 2)]
     for dtype, mask in product(PRECISIONS, MASKS.values()):
         rounded = [part.to(dtype) for part in inputs]
         by_any = [rounded, [part.clone().requires_grad_() for part in rounded]]
         mask = torch.tensor(mask)
-        lean, torchs = (fused.attention(*parts, mask, 0.0) for parts in by_any)
-        assert torchs.requires_grad and not lean.requires_grad and lean.dtype == dtype
+        lean, whole = (fused.attention(*parts, mask, 0.0) for parts in by_any)
+        assert whole.requires_grad and not lean.requires_grad and lean.dtype == dtype
         exact = plain.attention(*(part.double() for part in rounded), mask, 0.0)
         real = mask.bool()[:, None, :, None]
-        for context in (lean, torchs):
+        for context in (lean, whole):
             error = ((context.detach().double() - exact) * real).norm() / (exact * real).norm()
             assert error <= 2 * PRECISIONS[dtype]
-        assert (lean * ~real).eq(0).all()  # padding is not computed
+            assert (context * ~real).eq(0).all()  # padding is not computed
 
 
 def test_attention_without_dropout():
@@ -346,6 +345,14 @@ def test_the_written_derivatives_are_the_true_ones(same_dropout, mask):
     assert torch.autograd.gradcheck(
         lambda q, k, v: fused.attention(q, k, v, mask, 0.3), (query, key, value), fast_mode=True
     )
+    for loss in (fused.attention_map_loss, fused.attention_map_mse):
+        assert torch.autograd.gradcheck(
+            lambda *heads, loss=loss: fused.attention_and_map_loss(
+                *heads, mask, 0.3, *teacher, loss
+            ),
+            (query, key, value),
+            fast_mode=True,
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

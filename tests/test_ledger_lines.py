@@ -118,27 +118,27 @@ def test_query_key_and_value_have_their_products_in_their_layer(recipe, ops):
         check_products(projections, shape, times=3 * 3)  # matrices, micro-batches
         for operation in here:
             if operation not in projections:
-                within = operation.function in ("_Attention", "_AttentionMapLoss")
+                within = operation.function == "_Attention"
                 assert within or asked_in(operation, "ops.attention")
 
 
 def test_phases_come_in_their_order():
-    """Student after teacher, within its layers the losses of their maps; three micro-batches one
-    after another, one update at the end.
+    """Student after teacher, losses after both; three micro-batches one after another, one update
+    at the end. Losses of maps stand by themselves within plain's layers; fused makes attention and
+    loss in one.
     """
-    phases = [operation.phase for operation in toy_ledger("compactbiobert").operations]
-    order = [p for i, p in enumerate(phases) if i == 0 or phases[i - 1] != p]
-    layers = 2 * [STUDENT, LOSSES]
-    once = [TEACHER, *layers, STUDENT, LOSSES, BACKWARD, LOSSES]  # the figures for the log
-    assert order == [*once, *once, *once, UPDATE]
-    assert set(order) < set(PHASES)
+    for ops, layers in (("fused", []), ("plain", 2 * [STUDENT, LOSSES])):
+        phases = [operation.phase for operation in toy_ledger("compactbiobert", ops).operations]
+        order = [p for i, p in enumerate(phases) if i == 0 or phases[i - 1] != p]
+        once = [TEACHER, *layers, STUDENT, LOSSES, BACKWARD, LOSSES]  # the figures for the log
+        assert order == [*once, *once, *once, UPDATE]
+        assert set(order) < set(PHASES)
 
 
 def test_autograd_functions_of_ours_are_named():
     """In forward and in backward; with the lines of their own."""
     places = {
         "_Attention": "minibert/ops/fused.py",
-        "_AttentionMapLoss": "minibert/ops/fused.py",
         "_Dropout": "minibert/ops/fused.py",
         "_HiddenStateLoss": "minibert/ops/hidden_states.py",
         "_VocabularyLoss": "minibert/ops/vocabulary.py",

@@ -80,20 +80,21 @@ def test_no_whole_maps_in_a_toy_step(recipe):
 
 
 def test_what_attention_keeps():
-    """Of each sequence one map, the probabilities with what dropout did as their sign; queries,
-    keys and values are kept by the linear maps' outputs.
+    """Of each sequence one map, the probabilities with what dropout did as their sign, and the
+    gradient that the loss of maps has formed; queries, keys and values are kept by the linear maps'
+    outputs.
     """
-    operations = toy_ledger("compactbiobert").operations
-    maps = [
+    kept = [
         o
-        for o in operations
-        if o.phase == STUDENT and o.saved_bytes and o.outputs[0][0][-2:] == (13, 13)
+        for o in toy_ledger("compactbiobert").operations
+        if o.phase == STUDENT and o.function == "_Attention" and o.saved_bytes
     ]
-    assert len(maps) == 5 * 2  # sequences, layers
-    assert {o.saved_bytes for o in maps} == {3 * 13 * 13 * 4}
-    losses = [o for o in operations if asked_in(o, MAP_LOSS)]
-    kept = sum(o.saved_bytes for o in losses)
-    assert kept == 2 * (2 * 5 * 13 * 24 * 4)  # layers; the gradients of queries and keys
+    maps = [o.saved_bytes for o in kept if o.outputs[0][0][-2:] == (13, 13)]
+    assert maps == 5 * 2 * [3 * 13 * 13 * 4]  # sequences, layers
+    gradients = [o.saved_bytes for o in kept if asked_in(o, "gradients[1][:, real] = ")]
+    assert sum(gradients) == 2 * (2 * 5 * 13 * 24 * 4)  # layers; of queries and keys
+    contexts = [o for o in kept if asked_in(o, "context[b][:, real] = ")]
+    assert len(maps) + len(gradients) + len(contexts) == len(kept)
 
 
 def kept_by_autograd(recipe: str, ops: str, dtype: str, monkeypatch) -> int:

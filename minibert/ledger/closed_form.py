@@ -50,26 +50,24 @@ def step_flops(
     """FLOPs of an update on a CPU, by phase and part; parts that take none are left out.
 
     teacher: None where the run follows none. `plain` and `fused` differ in this:
-    - fused forms a loss's gradient with its value, in the losses' phase; plain in backward;
-    - fused leaves padding out, in the student's attention (with dropout) and in the maps' loss;
-    - fused attention without dropout is torch's, whose backward forms Q K^T once more.
+    - fused forms a loss's gradient with its value; plain in backward;
+    - fused compares maps where attention makes them, in the student's layers; plain forms the
+      student's scores anew, in the losses' phase;
+    - fused attention leaves padding out.
     Tiles change nothing: what is cut is computed once.
     """
     flops: Counter[Part] = Counter()
     for batch in micro_batches:
         B, S = batch.input_ids.shape
         M, pairs = len(batch.masked_positions), B * S * S
-        real_pairs = int(batch.attention_mask.sum(1).square().sum())
+        if run.ops == "fused":
+            pairs = int(batch.attention_mask.sum(1).square().sum())
         if teacher is not None:
             flops.update(_forward(TEACHER, teacher, B * S, pairs, M))
-        is_lean = run.ops == "fused" and student.attention_probs_dropout_prob > 0
-        own_pairs = real_pairs if is_lean else pairs
-        flops.update(_forward(STUDENT, student, B * S, own_pairs, M))
-        again = run.ops == "fused" and not is_lean
-        flops.update(_backward(student, B * S, own_pairs, M, again))
+        flops.update(_forward(STUDENT, student, B * S, pairs, M))
+        flops.update(_backward(student, B * S, pairs, M))
         if teacher is not None:
-            compared_pairs = real_pairs if run.ops == "fused" else pairs
-            flops.update(_map_losses(student, teacher, run, compared_pairs))
+            flops.update(_map_losses(student, teacher, run, pairs))
             flops.update(_projection(student, teacher, run, B * S))
         flops.update(_vocabulary_loss(student, teacher, run, M))
     return +flops
@@ -101,15 +99,12 @@ def _forward(
     return {(phase, f"layers.{i}"): layer for i in range(L)} | {(phase, "head"): head}
 
 
-def _backward(
-    config: BertConfig, tokens: int, pairs: int, masked: int, again: bool
-) -> dict[Part, int]:
+def _backward(config: BertConfig, tokens: int, pairs: int, masked: int) -> dict[Part, int]:
     """Twice the forward pass: each product has two factors, and each a gradient. The first layer's
-    input has one too, since the embeddings learn. Of the attention: dP, dV, dQ, dK; Q K^T `again`
-    where the maps were not kept.
+    input has one too, since the embeddings learn. Of the attention: dP, dV, dQ, dK.
     """
     H, L = config.hidden_size, config.num_hidden_layers
-    layer = 2 * _linears(config, tokens) + (5 if again else 4) * (2 * pairs * H)
+    layer = 2 * _linears(config, tokens) + 4 * (2 * pairs * H)
     head = 2 * _product(masked, H, H)
     return {(BACKWARD, f"layers.{i}"): layer for i in range(L)} | {(BACKWARD, "head"): head}
 
@@ -117,12 +112,16 @@ def _backward(
 def _map_losses(
     student: BertConfig, teacher: BertConfig, run: RunConfig, pairs: int
 ) -> dict[Part, int]:
-    """Of each compared pair of layers: both maps' scores, formed anew, 2 pairs (H_s + H_t); the
-    gradients of the student's queries and keys, 2 pairs H_s each.
+    """Of each compared pair of layers: the scores of the teacher's map, 2 pairs H_t, and where they
+    are formed anew of the student's, 2 pairs H_s; the gradients of the student's queries and keys,
+    2 pairs H_s each.
     """
+    gradient = 2 * (2 * pairs * student.hidden_size)
+    if run.ops == "fused":
+        value = 2 * pairs * teacher.hidden_size
+        return {(STUDENT, f"layers.{i}"): value + gradient for i, _ in run.attention_pairs}
     part = ATTENTION_LOSSES[run.recipe.attention_loss]
     value = 2 * pairs * (student.hidden_size + teacher.hidden_size)
-    gradient = 2 * (2 * pairs * student.hidden_size)
     return _value_and_gradient(run, part, len(run.attention_pairs), value, gradient)
 
 

@@ -24,23 +24,12 @@ def _product(left: Tensor, right: Tensor) -> int:
     return 2 * left.numel() * right.shape[-1]
 
 
-def _attention(query: Tensor, key: Tensor, products: int) -> int:
-    """So many products of S rows with T rows, all of D numbers."""
-    B, N, S, D = query.shape
-    return products * 2 * B * N * S * key.shape[2] * D
-
-
-# Attention's forward is Q K^T and P V; its backward recomputes Q K^T, and then dV, dP, dQ and dK.
 FLOPS: dict[Any, Callable[..., int]] = {
     aten.mm: lambda left, right, *_: _product(left, right),
     aten.bmm: lambda left, right, *_: _product(left, right),
     aten.addmm: lambda _, left, right, *__: _product(left, right),
     aten.addmm_: lambda _, left, right, *__: _product(left, right),
     aten.baddbmm: lambda _, left, right, *__: _product(left, right),
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_: _attention(q, k, 2),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda _, q, k, *__: _attention(q, k, 5)
-    ),
 }
 # Operations that leave what they allocate as it is.
 ALLOCATE = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty)

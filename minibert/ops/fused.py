@@ -52,8 +52,6 @@ __all__ = [
     "vocabulary_loss",
 ]
 
-LONG = 64  # tokens from which attention on a CPU is made of one sequence after the other
-
 
 def dropout(values: Tensor, probability: float) -> Tensor:
     """Zero each value with `probability`, scale the rest up so that the expectation stays.
@@ -129,28 +127,19 @@ def attention(
     """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
 
     query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
-    (B, N, S, D).
-
-    On a CPU torch's own has no lean dropout, and from `LONG` on takes up to twice as long as one
-    sequence after the other, whose maps fit into the cache and whose padding is not computed (the
-    context there is 0). With dropout a map of each sequence, B N S^2 values, is kept for backward;
-    without, and where one follows, torch's own keeps none.
+    (B, N, S, D). On a CPU, where torch's own takes up to twice as long and has no lean dropout, one
+    sequence at a time: its maps fit into the cache while they are worked on, and its padding is not
+    computed (the context there is 0). A map of each sequence, B N S^2 values, is kept for backward.
     """
-    if kernels := _attention_kernels(query):
-        return kernels.attention(query, key, value, attention_mask, dropout)
-    if not query.is_cuda:
-        if dropout > 0:
-            return _Attention.apply(query, key, value, attention_mask, dropout)
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        if not learns and query.shape[2] >= LONG:
-            return _attention_without_backward(query, key, value, attention_mask)
-    real = attention_mask[:, None, None, :].bool()  # (B, 1, 1, S)
     heads = (query, key, value)
-    if not query.is_cuda and query.requires_grad:
-        # torch's backward in bfloat16 takes up to five times its float32's time on a CPU.
-        heads = tuple(map(precise, heads))
-    context = F.scaled_dot_product_attention(*heads, attn_mask=real, dropout_p=dropout)
-    return context.to(query.dtype)
+    if kernels := _attention_kernels(query):
+        return kernels.attention(*heads, attention_mask, dropout)
+    if not query.is_cuda:
+        if dropout > 0 or (torch.is_grad_enabled() and any(part.requires_grad for part in heads)):
+            return _Attention.apply(*heads, attention_mask, dropout)[0]
+        return _attention_without_backward(*heads, attention_mask)
+    real = attention_mask[:, None, None, :].bool()  # (B, 1, 1, S)
+    return F.scaled_dot_product_attention(*heads, attn_mask=real, dropout_p=dropout)
 
 
 def _attention_kernels(query: Tensor) -> ModuleType | None:
@@ -174,37 +163,53 @@ def _attention_without_backward(
 
 def _probs(query: Tensor, key: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(D)) of some heads, (h, n, n) in float32, in the scores' own memory."""
-    scores = (precise(query) / math.sqrt(query.shape[-1])) @ precise(key).mT
+    scores = _scores(precise(query), precise(key))
     return torch.softmax(scores, -1, out=scores)
 
 
 class _Attention(Function):
     """P = softmax(Q K^T / sqrt(D)),  context O = c (P * kept) V,  with c = 1 / (1 - dropout).
 
-    Scores and their softmax are float32 whatever comes in. For backward one map is kept: P where a
-    probability stayed, -P where it was dropped.
+    Beside it, where there is a teacher, the loss of the same maps by `loss_of_rows`, whose gradient
+    is formed at once. Scores and what is made of them are float32 whatever comes in. For backward
+    one map is kept: P where a probability stayed, -P where it was dropped.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, attention_mask, dropout):
+    def forward(ctx, query, key, value, attention_mask, dropout, teacher=None, loss_of_rows=None):
         B, N, S, D = query.shape
+        ctx.scale = 1.0
         context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
-        maps = []
+        loss_sum, from_loss, maps = None, [], []
+        if teacher is not None:
+            loss_sum = query.new_zeros((), dtype=precise_dtype(query))
+            from_loss = [query.new_zeros(2, B, S, N, D).transpose(2, 3)]  # (2, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-            probs = _probs(q, k).to(v.dtype)  # (N, n, n)
-            kept, ctx.scale = _kept(probs.shape, dropout, probs.dtype)
-            kept_probs = probs * kept  # (N, n, n)
+            if teacher is None:
+                probs = _probs(q, k)  # (N, n, n)
+            else:
+                guides = (precise(part[b][:, real].contiguous()) for part in teacher)  # (N, n, D')
+                scores = _scores(precise(q), precise(k)), _scores(*guides)
+                rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, n, n) twice
+                loss_sum += rows_loss
+                _put_gradients(from_loss[0][:, b], real, d_scores.to(q.dtype), q, k)
+            probs = kept_probs = probs.to(v.dtype)
+            if dropout > 0:
+                kept, ctx.scale = _kept(probs.shape, dropout, probs.dtype)
+                kept_probs = probs * kept  # (N, n, n)
+                probs = probs.neg_().add_(kept_probs, alpha=2)  # 2 P - P or 0 - P: exact
             context[b][:, real] = (kept_probs @ v).mul_(ctx.scale)
-            maps.append(probs.neg_().add_(kept_probs, alpha=2))  # 2 P - P or 0 - P: exact
-        ctx.save_for_backward(query, key, value, attention_mask, *maps)
-        return context
+            maps.append(probs)
+        ctx.save_for_backward(query, key, value, attention_mask, *from_loss, *maps)
+        return context, loss_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
-        query, key, value, attention_mask, *maps = ctx.saved_tensors
+    def backward(ctx, upstream, loss_upstream):
+        query, key, value, attention_mask, *rest = ctx.saved_tensors
         B, N, S, D = query.shape
+        from_loss, maps = rest[:-B], rest[-B:]
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
             signed = maps[b]  # (N, n, n)
@@ -216,9 +221,19 @@ class _Attention(Function):
             del d_kept  # a map less at once
             # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
-            gradients[0, b][:, real] = (d_scores @ k).div_(math.sqrt(D))
-            gradients[1, b][:, real] = (d_scores.transpose(1, 2) @ q).div_(math.sqrt(D))
-        return *gradients, None, None
+            _put_gradients(gradients[:2, b], real, d_scores, q, k)
+        if from_loss:
+            gradients[:2] += scaled(from_loss[0], loss_upstream)
+        return *gradients, *[None] * 4
+
+
+def _put_gradients(
+    gradients: Tensor, real: slice | Tensor, d_scores: Tensor, query: Tensor, key: Tensor
+) -> None:
+    """dQ = scale dS K and dK = scale dS^T Q of one sequence: (N, n, D), into (2, N, S, D)."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    gradients[0][:, real] = (d_scores @ key).mul_(scale)
+    gradients[1][:, real] = (d_scores.mT @ query).mul_(scale)
 
 
 def _real_tokens(attention_mask: Tensor) -> Iterator[slice | Tensor]:
@@ -287,9 +302,9 @@ class _AttentionMapLoss(Function):
             b, _, n, _ = query.shape
             d_query, d_key = torch.empty_like(query), torch.zeros_like(student[1])
             for rows in tiles(n, b * N * n, in_cache(key, times=4)):
-                rows_loss, d_scores = loss_of_rows(
+                rows_loss, d_scores, _ = loss_of_rows(
                     _scores(*student, rows, padding), _scores(*teacher, rows, padding)
-                )  # (), (b, N, r, n)
+                )  # (), (b, N, r, n) twice
                 loss_sum += rows_loss
                 d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
                 d_query[:, :, rows] = d_scores @ key
@@ -324,39 +339,51 @@ def _masked_parts(attention_mask: Tensor, num_heads: int) -> Iterator[Part]:
         yield (sequences,), padding[sequences]
 
 
-def _scores(query: Tensor, key: Tensor, rows: slice, padding: Tensor | None) -> Tensor:
-    """scale Q K^T of some rows, with query, key (b, N, n, D) and padding (b, 1, 1, n).
+def _scores(
+    query: Tensor, key: Tensor, rows: slice = slice(None), padding: Tensor | None = None
+) -> Tensor:
+    """scale Q K^T of some rows, with query, key (..., N, n, D) and padding (b, 1, 1, n).
 
-    Returns (b, N, r, n). Where a key is padding it is half of the lowest number there is, so that
+    Returns (..., N, r, n). Where a key is padding it is half of the lowest number there is, so that
     its logarithm to the base 2 is finite too.
     """
-    scores = (query[:, :, rows] / math.sqrt(query.shape[-1])) @ key.mT
+    scores = (query[..., rows, :] / math.sqrt(query.shape[-1])) @ key.mT
     if padding is not None:
         scores.masked_fill_(padding, torch.finfo(scores.dtype).min / 2)
     return scores
 
 
-def _kl_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (b, N, r, n) of both."""
-    # In the scores' own memory, as far as that goes.
-    student, teacher = (log2_softmax(scores, out=scores) for scores in (student, teacher))
-    teacher_probs = teacher.exp2()  # (b, N, r, n)
-    kl_sum = LN2 * teacher.sub_(student).mul_(teacher_probs).sum()
-    difference = student.exp2_().sub_(teacher_probs)  # (b, N, r, n): P_s - P_t
-    # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
-    return kl_sum + difference.sum(), difference
+# What a loss of maps returns: its sum, (), its dS and the student's map P_s, (..., N, r, n).
+OfRows = tuple[Tensor, Tensor, Tensor]
 
 
-def _squares_of_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """sum (P_s - P_t)^2 and, with G = 2 (P_s - P_t) its derivative by the map,
-    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (b, N, r, n) of both.
+def _kl_of_rows(student: Tensor, teacher: Tensor) -> OfRows:
+    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (..., N, r, n) of both,
+    in whose memory all is made but one map.
     """
-    student_probs = student.softmax(-1)  # (b, N, r, n)
-    difference = student_probs - teacher.softmax(-1)  # (b, N, r, n)
+    student, teacher = (log2_softmax(scores, out=scores) for scores in (student, teacher))
+    teacher_probs = teacher.exp2()  # (..., N, r, n)
+    kl_sum = LN2 * teacher.sub_(student).mul_(teacher_probs).sum()
+    student_probs = student.exp2_()
+    difference = torch.sub(student_probs, teacher_probs, out=teacher_probs)  # (..., N, r, n)
+    # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
+    return kl_sum + difference.sum(), difference, student_probs
+
+
+def _squares_of_rows(student: Tensor, teacher: Tensor) -> OfRows:
+    """sum (P_s - P_t)^2 and, with G = 2 (P_s - P_t) its derivative by the map,
+    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (..., N, r, n) of both.
+    """
+    student_probs = student.softmax(-1)  # (..., N, r, n)
+    difference = student_probs - teacher.softmax(-1)  # (..., N, r, n)
     square_sum = difference.square().sum()
-    weighted = difference.mul_(student_probs)  # (b, N, r, n): P G / 2
-    row_sums = weighted.sum(-1, keepdim=True)  # (b, N, r, 1)
-    return square_sum, weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
+    weighted = difference.mul_(student_probs)  # (..., N, r, n): P G / 2
+    row_sums = weighted.sum(-1, keepdim=True)  # (..., N, r, 1)
+    d_scores = weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
+    return square_sum, d_scores, student_probs
+
+
+LOSS_OF_ROWS = {attention_map_loss: _kl_of_rows, attention_map_mse: _squares_of_rows}
 
 
 def attention_and_map_loss(
@@ -377,5 +404,8 @@ def attention_and_map_loss(
     if kernels is not None and map_loss is attention_map_loss:
         heads = (query, key, value, attention_mask, dropout)
         return kernels.attention_and_map_loss(*heads, teacher_query, teacher_key)
+    if map_loss in LOSS_OF_ROWS and not query.is_cuda:
+        heads = (query, key, value, attention_mask, dropout)
+        return _Attention.apply(*heads, (teacher_query, teacher_key), LOSS_OF_ROWS[map_loss])
     context = attention(query, key, value, attention_mask, dropout)
     return context, map_loss(query, key, teacher_query, teacher_key, attention_mask)
