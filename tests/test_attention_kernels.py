@@ -19,7 +19,7 @@ from kernel_toys import (
     run_in_the_interpreter,
 )
 
-from minibert.ops import fused, plain
+from minibert.ops import attention, fused, plain
 
 if RUNS_HERE:
     from minibert.ops import kernels
@@ -274,8 +274,8 @@ class TestFusedByKernels:
 
     @pytest.fixture(autouse=True)
     def in_any_place(self, monkeypatch):
-        if INTERPRETED:  # fused.py asks for a GPU
-            monkeypatch.setattr(fused, "kernels_for", lambda tensor: kernels)
+        if INTERPRETED:  # attention.py asks for a GPU
+            monkeypatch.setattr(attention, "kernels_for", lambda tensor: kernels)
 
     @pytest.fixture
     def called(self, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minibert.ops import fused, plain, tiles, vocabulary
+from minibert.ops import attention, fused, plain, tiles, vocabulary
 
 B, S, N, D, H, V, M = 3, 13, 2, 6, 10, 37, 17
 PRECISIONS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative, half a unit at least
@@ -80,8 +80,8 @@ MAP_LOSSES = ["attention_map_loss", "attention_map_mse"]
 def parts(request, monkeypatch):
     """Maps of one sequence after another, or as on a GPU: of two masked ones at once."""
     if request.param == "gpu":
-        monkeypatch.setattr(fused, "_real_parts", partial(fused._masked_parts, num_heads=N))
-        monkeypatch.setattr(fused, "ON_GPU", 2 * N * S * S)
+        monkeypatch.setattr(attention, "_real_parts", partial(attention._masked_parts, num_heads=N))
+        monkeypatch.setattr(attention, "ON_GPU", 2 * N * S * S)
 
 
 HIDDEN_LOSSES = ["hidden_state_loss", "hidden_state_mse"]
@@ -282,7 +282,7 @@ def same_dropout(monkeypatch):
             1 - probability
         )
 
-    monkeypatch.setattr(fused, "_kept", kept)
+    monkeypatch.setattr(attention, "kept_values", kept)
     return kept
 
 

@@ -19,7 +19,7 @@ from kernel_toys import (
     run_in_the_interpreter,
 )
 
-from minibert.ops import fused, hidden_states, plain, vocabulary
+from minibert.ops import attention, fused, hidden_states, plain, vocabulary
 
 if RUNS_HERE:
     from correctness import check_all
@@ -271,7 +271,7 @@ class TestFusedByKernels:
     @pytest.fixture(autouse=True)
     def in_any_place(self, monkeypatch):
         if INTERPRETED:  # fused.py asks for a GPU
-            for module in (fused, hidden_states, vocabulary):
+            for module in (attention, fused, hidden_states, vocabulary):
                 monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
 
     def test_add_and_norm(self, monkeypatch):

@@ -29,12 +29,11 @@ PARTS = 7  # programs of the gradient of "add & norm"
 @pytest.fixture
 def step_with_kernels(monkeypatch):
     """Records a toy step in which the fused losses run as on a GPU with Triton."""
-    from minibert.ops import fused, hidden_states, kernels, vocabulary
+    from minibert.ops import attention, fused, hidden_states, kernels, vocabulary
     from minibert.ops.kernels import norm_rows
 
-    for name in ("kernels_for", "_attention_kernels"):  # in float32 too
-        monkeypatch.setattr(fused, name, lambda tensor: kernels)
-    for module in (hidden_states, vocabulary):
+    monkeypatch.setattr(attention, "_attention_kernels", lambda tensor: kernels)  # in float32 too
+    for module in (attention, fused, hidden_states, vocabulary):
         monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
     monkeypatch.setattr(norm_rows, "PARTS", PARTS)
     return lambda shapes_only: ledger_of(run_of("compactbiobert"), shapes_only=shapes_only)

@@ -138,15 +138,16 @@ def test_phases_come_in_their_order():
 def test_autograd_functions_of_ours_are_named():
     """In forward and in backward; with the lines of their own."""
     places = {
-        "_Attention": "minibert/ops/fused.py",
-        "_Dropout": "minibert/ops/fused.py",
+        "_Attention": "minibert/ops/attention.py",
+        "_Dropout": "minibert/ops/dropout.py",
         "_HiddenStateLoss": "minibert/ops/hidden_states.py",
         "_VocabularyLoss": "minibert/ops/vocabulary.py",
     }
     operations = toy_ledger("compactbiobert").operations
     for name, file in places.items():
         within = [o for o in operations if o.function == name]
-        assert {o.line[0] for o in within} <= {file, "minibert/ops/tiles.py"}
+        helpers = {"minibert/ops/dropout.py", "minibert/ops/tiles.py"}
+        assert {o.line[0] for o in within} <= {file, *helpers}
         assert all(any(line[0] == file for line in o.lines) for o in within)
         assert {o.phase for o in within} >= {BACKWARD}, name
         modules = {o.module for o in within if o.phase == BACKWARD}

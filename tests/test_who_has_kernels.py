@@ -5,7 +5,7 @@ import sys
 import torch
 
 import minibert.ops
-from minibert.ops import fused, tiles
+from minibert.ops import attention, tiles
 
 
 class OnGPU:
@@ -26,8 +26,8 @@ def test_kernels_are_for_a_gpu_with_triton_where_nobody_forbids_them(monkeypatch
     assert tiles.kernels_for(OnGPU(torch.bfloat16)) is twins
     assert tiles.kernels_for(OnGPU(torch.float64)) is None
     assert tiles.kernels_for(torch.zeros(1)) is None
-    assert fused._attention_kernels(OnGPU(torch.bfloat16)) is twins
-    assert fused._attention_kernels(OnGPU(torch.float32)) is None
+    assert attention._attention_kernels(OnGPU(torch.bfloat16)) is twins
+    assert attention._attention_kernels(OnGPU(torch.float32)) is None
     monkeypatch.setattr(tiles, "KERNELS", False)
     assert tiles.kernels_for(OnGPU(torch.float32)) is None
     monkeypatch.setattr(tiles, "KERNELS", True)

@@ -27,6 +27,8 @@ FIRST = (  # in README's order; the others follow by name
     "minibert/model.py",
     "minibert/ops/plain.py",
     "minibert/ops/fused.py",
+    "minibert/ops/attention.py",
+    "minibert/ops/dropout.py",
     "minibert/ops/vocabulary.py",
     "minibert/ops/hidden_states.py",
     "minibert/ops/tiles.py",

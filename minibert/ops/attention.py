@@ -1,0 +1,320 @@
+"""Fused attention and the losses of its maps: on a CPU one sequence after another.
+
+As in `fused.py`: whole maps of a batch never exist, and the gradient of a loss is formed with its
+value. On a GPU with Triton `kernels/` does the same; without, attention is torch's own, and a loss
+goes over several masked sequences at once.
+
+Shapes: B batch, S sequence, N heads, D head size; of what is worked on at once b sequences, h
+heads, n tokens of a sequence, r rows of a tile.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from minibert.ops.dropout import kept_values
+from minibert.ops.tiles import (
+    LN2,
+    ON_GPU,
+    in_cache,
+    kernels_for,
+    log2_softmax,
+    precise,
+    precise_dtype,
+    scaled,
+    tiles,
+)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, dropout: float
+) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
+
+    query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
+    (B, N, S, D). On a CPU, where torch's own takes up to twice as long and has no lean dropout, one
+    sequence at a time: its maps fit into the cache while they are worked on, and its padding is not
+    computed (the context there is 0). A map of each sequence, B N S^2 values, is kept for backward.
+    """
+    heads = (query, key, value)
+    if kernels := _attention_kernels(query):
+        return kernels.attention(*heads, attention_mask, dropout)
+    if not query.is_cuda:
+        if dropout > 0 or (torch.is_grad_enabled() and any(part.requires_grad for part in heads)):
+            return _Attention.apply(*heads, attention_mask, dropout)[0]
+        return _attention_without_backward(*heads, attention_mask)
+    real = attention_mask[:, None, None, :].bool()  # (B, 1, 1, S)
+    return F.scaled_dot_product_attention(*heads, attn_mask=real, dropout_p=dropout)
+
+
+def _attention_kernels(query: Tensor) -> ModuleType | None:
+    """Triton's attention, of half precisions alone: in float32 torch's is faster."""
+    return None if query.dtype == torch.float32 else kernels_for(query)
+
+
+def _attention_without_backward(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """Attention without dropout: of one sequence so many heads at once as fit into the cache."""
+    B, N, S, D = query.shape
+    context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
+    for b, real in enumerate(_real_tokens(attention_mask)):
+        q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
+        n = q.shape[1]
+        for heads in tiles(N, n * n, in_cache(q, times=4)):
+            context[b][heads, real] = _probs(q[heads], k[heads]).to(v.dtype) @ v[heads]
+    return context
+
+
+def _probs(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) of some heads, (h, n, n) in float32, in the scores' own memory."""
+    scores = _scores(precise(query), precise(key))
+    return torch.softmax(scores, -1, out=scores)
+
+
+class _Attention(Function):
+    """P = softmax(Q K^T / sqrt(D)),  context O = c (P * kept) V,  with c = 1 / (1 - dropout).
+
+    Beside it, where there is a teacher, the loss of the same maps by `loss_of_rows`, whose gradient
+    is formed at once. Scores and what is made of them are float32 whatever comes in. For backward
+    one map is kept: P where a probability stayed, -P where it was dropped.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, attention_mask, dropout, teacher=None, loss_of_rows=None):
+        B, N, S, D = query.shape
+        ctx.scale = 1.0
+        context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
+        loss_sum, from_loss, maps = None, [], []
+        if teacher is not None:
+            loss_sum = query.new_zeros((), dtype=precise_dtype(query))
+            from_loss = [query.new_zeros(2, B, S, N, D).transpose(2, 3)]  # (2, B, N, S, D)
+        for b, real in enumerate(_real_tokens(attention_mask)):
+            q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
+            if teacher is None:
+                probs = _probs(q, k)  # (N, n, n)
+            else:
+                guides = (precise(part[b][:, real].contiguous()) for part in teacher)  # (N, n, D')
+                scores = _scores(precise(q), precise(k)), _scores(*guides)
+                rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, n, n) twice
+                loss_sum += rows_loss
+                _put_gradients(from_loss[0][:, b], real, d_scores.to(q.dtype), q, k)
+            probs = kept_probs = probs.to(v.dtype)
+            if dropout > 0:
+                kept, ctx.scale = kept_values(probs.shape, dropout, probs.dtype)
+                kept_probs = probs * kept  # (N, n, n)
+                probs = probs.neg_().add_(kept_probs, alpha=2)  # 2 P - P or 0 - P: exact
+            context[b][:, real] = (kept_probs @ v).mul_(ctx.scale)
+            maps.append(probs)
+        ctx.save_for_backward(query, key, value, attention_mask, *from_loss, *maps)
+        return context, loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, loss_upstream):
+        query, key, value, attention_mask, *rest = ctx.saved_tensors
+        B, N, S, D = query.shape
+        from_loss, maps = rest[:-B], rest[-B:]
+        gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
+        for b, real in enumerate(_real_tokens(attention_mask)):
+            signed = maps[b]  # (N, n, n)
+            q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
+            d_context = (upstream[b][:, real] * ctx.scale).contiguous()  # (N, n, D), with c
+            gradients[2, b][:, real] = signed.relu().transpose(1, 2) @ d_context  # relu: P * kept
+            d_kept = d_context @ v.transpose(1, 2)  # (N, n, n)
+            d_probs = torch.ops.aten.threshold_backward(d_kept, signed, 0)  # 0 where dropped
+            del d_kept  # a map less at once
+            # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
+            d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
+            _put_gradients(gradients[:2, b], real, d_scores, q, k)
+        if from_loss:
+            gradients[:2] += scaled(from_loss[0], loss_upstream)
+        return *gradients, *[None] * 4
+
+
+def _put_gradients(
+    gradients: Tensor, real: slice | Tensor, d_scores: Tensor, query: Tensor, key: Tensor
+) -> None:
+    """dQ = scale dS K and dK = scale dS^T Q of one sequence: (N, n, D), into (2, N, S, D)."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    gradients[0][:, real] = (d_scores @ key).mul_(scale)
+    gradients[1][:, real] = (d_scores.mT @ query).mul_(scale)
+
+
+def _real_tokens(attention_mask: Tensor) -> Iterator[slice | Tensor]:
+    """For each sequence what picks its real tokens: a slice where padding is at the end alone."""
+    for mask in attention_mask.bool():
+        real = mask.nonzero().squeeze(1)
+        n = len(real)
+        yield slice(0, n) if mask[:n].all() else real
+
+
+def attention_map_loss(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """KL of the attention maps of one layer, as `plain.attention_map_loss`; memory linear in S."""
+    models = (student_query, student_key, teacher_query, teacher_key)
+    if kernels := kernels_for(student_query):
+        return kernels.attention_map_loss(*models, attention_mask)
+    return _AttentionMapLoss.apply(*models, attention_mask, _kl_of_rows)
+
+
+def attention_map_mse(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """Squared differences of the attention maps of one layer, as `plain.attention_map_mse`;
+    memory linear in S. There is no Triton twin of it.
+    """
+    models = (student_query, student_key, teacher_query, teacher_key)
+    return _AttentionMapLoss.apply(*models, attention_mask, _squares_of_rows)
+
+
+class _AttentionMapLoss(Function):
+    """A loss of maps P = softmax(S), S = scale Q K^T, by `loss_of_rows`, which knows dS:
+
+        dQ = scale dS K,    dK = scale dS^T Q
+
+    Scores are float32 whatever comes in: where the maps are close, their difference is small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, student_query, student_key, teacher_query, teacher_key, attention_mask, loss_of_rows
+    ):
+        B, N, S, D = student_query.shape
+        loss_sum = student_query.new_zeros((), dtype=precise_dtype(student_query))
+        gradients = student_query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
+        on_gpu = student_query.is_cuda
+        parts = _masked_parts(attention_mask, N) if on_gpu else _real_parts(attention_mask)
+        for place, padding in parts:
+            query, key, guide_query, guide_key = (
+                part[place].contiguous()
+                for part in (student_query, student_key, teacher_query, teacher_key)
+            )  # (b, N, n, D)
+            if padding is not None:  # a query of 0 has the same map in both models: nothing to lose
+                query = query.masked_fill(padding.mT, 0)
+                guide_query = guide_query.masked_fill(padding.mT, 0)
+            student = (precise(query), precise(key))
+            teacher = (precise(guide_query), precise(guide_key))
+            b, _, n, _ = query.shape
+            d_query, d_key = torch.empty_like(query), torch.zeros_like(student[1])
+            for rows in tiles(n, b * N * n, in_cache(key, times=4)):
+                rows_loss, d_scores, _ = loss_of_rows(
+                    _scores(*student, rows, padding), _scores(*teacher, rows, padding)
+                )  # (), (b, N, r, n) twice
+                loss_sum += rows_loss
+                d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
+                d_query[:, :, rows] = d_scores @ key
+                d_key += d_scores.mT @ query[:, :, rows]
+            gradients[0][place] = d_query.div_(math.sqrt(D))
+            gradients[1][place] = d_key.div_(math.sqrt(D)).to(gradients.dtype)
+        ctx.save_for_backward(gradients)
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradients,) = ctx.saved_tensors
+        return *scaled(gradients, upstream), None, None, None, None
+
+
+# A place in (B, N, S, D), and which tokens there are padding, (b, 1, 1, n): None where none is.
+Part = tuple[tuple[slice | Tensor, ...], Tensor | None]
+
+
+def _real_parts(attention_mask: Tensor) -> Iterator[Part]:
+    """What is worked on at once: the real tokens of one sequence."""
+    for b, real in enumerate(_real_tokens(attention_mask)):
+        yield (slice(b, b + 1), slice(None), real), None
+
+
+def _masked_parts(attention_mask: Tensor, num_heads: int) -> Iterator[Part]:
+    """The same for a GPU, where to ask for lengths is to wait: several whole sequences."""
+    B, S = attention_mask.shape
+    padding = ~attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
+    for sequences in tiles(B, num_heads * S * S, ON_GPU):
+        yield (sequences,), padding[sequences]
+
+
+def _scores(
+    query: Tensor, key: Tensor, rows: slice = slice(None), padding: Tensor | None = None
+) -> Tensor:
+    """scale Q K^T of some rows, with query, key (..., N, n, D) and padding (b, 1, 1, n).
+
+    Returns (..., N, r, n). Where a key is padding it is half of the lowest number there is, so that
+    its logarithm to the base 2 is finite too.
+    """
+    scores = (query[..., rows, :] / math.sqrt(query.shape[-1])) @ key.mT
+    if padding is not None:
+        scores.masked_fill_(padding, torch.finfo(scores.dtype).min / 2)
+    return scores
+
+
+# What a loss of maps returns: its sum, (), its dS and the student's map P_s, (..., N, r, n).
+OfRows = tuple[Tensor, Tensor, Tensor]
+
+
+def _kl_of_rows(student: Tensor, teacher: Tensor) -> OfRows:
+    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (..., N, r, n) of both,
+    in whose memory all is made but one map.
+    """
+    student, teacher = (log2_softmax(scores, out=scores) for scores in (student, teacher))
+    teacher_probs = teacher.exp2()  # (..., N, r, n)
+    kl_sum = LN2 * teacher.sub_(student).mul_(teacher_probs).sum()
+    student_probs = student.exp2_()
+    difference = torch.sub(student_probs, teacher_probs, out=teacher_probs)  # (..., N, r, n)
+    # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
+    return kl_sum + difference.sum(), difference, student_probs
+
+
+def _squares_of_rows(student: Tensor, teacher: Tensor) -> OfRows:
+    """sum (P_s - P_t)^2 and, with G = 2 (P_s - P_t) its derivative by the map,
+    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (..., N, r, n) of both.
+    """
+    student_probs = student.softmax(-1)  # (..., N, r, n)
+    difference = student_probs - teacher.softmax(-1)  # (..., N, r, n)
+    square_sum = difference.square().sum()
+    weighted = difference.mul_(student_probs)  # (..., N, r, n): P G / 2
+    row_sums = weighted.sum(-1, keepdim=True)  # (..., N, r, 1)
+    d_scores = weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
+    return square_sum, d_scores, student_probs
+
+
+LOSS_OF_ROWS = {attention_map_loss: _kl_of_rows, attention_map_mse: _squares_of_rows}
+
+
+def attention_and_map_loss(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    map_loss: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Attention and a loss of its maps, as `plain.attention_and_map_loss`.
+
+    On a CPU the student's scores are made once for both. By Triton the KL costs each of attention's
+    three kernels one product more: the teacher's scores.
+    """
+    heads, teacher = (query, key, value, attention_mask, dropout), (teacher_query, teacher_key)
+    kernels = _attention_kernels(query)
+    if kernels is not None and map_loss is attention_map_loss:
+        return kernels.attention_and_map_loss(*heads, *teacher)
+    if kernels is None and not query.is_cuda and map_loss in LOSS_OF_ROWS:
+        return _Attention.apply(*heads, teacher, LOSS_OF_ROWS[map_loss])
+    return attention(*heads), map_loss(query, key, *teacher, attention_mask)
