@@ -254,7 +254,7 @@ def test_attention_without_backward():
 def test_attention_without_dropout():
     inputs = [*queries_and_keys()[:2], normal(B, S, N, D, seed=21).transpose(1, 2)]
     for dtype in PRECISIONS:
-        for mask in (MASKS["ends"], MASKS["holes"]):
+        for mask in MASKS.values():
             outcomes = []
             for ops, kind in ((plain, torch.float64), (plain, dtype), (fused, dtype)):
                 real = torch.tensor(mask).bool()[:, None, :, None]
@@ -345,14 +345,14 @@ def test_the_written_derivatives_are_the_true_ones(same_dropout, mask):
     assert torch.autograd.gradcheck(
         lambda q, k, v: fused.attention(q, k, v, mask, 0.3), (query, key, value), fast_mode=True
     )
-    for loss in (fused.attention_map_loss, fused.attention_map_mse):
-        assert torch.autograd.gradcheck(
-            lambda *heads, loss=loss: fused.attention_and_map_loss(
-                *heads, mask, 0.3, *teacher, loss
-            ),
-            (query, key, value),
-            fast_mode=True,
-        )
+    losses = (fused.attention_map_loss, fused.attention_map_mse)
+    used = (slice(0, 1), slice(1, 2), slice(0, 2))  # the context, the loss, both
+    for loss, dropout, part in product(losses, (0.0, 0.3), used):
+
+        def results(*heads, loss=loss, dropout=dropout, part=part):
+            return fused.attention_and_map_loss(*heads, mask, dropout, *teacher, loss)[part]
+
+        assert torch.autograd.gradcheck(results, (query, key, value), fast_mode=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

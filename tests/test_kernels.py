@@ -270,7 +270,7 @@ class TestFusedByKernels:
 
     @pytest.fixture(autouse=True)
     def in_any_place(self, monkeypatch):
-        if INTERPRETED:  # fused.py asks for a GPU
+        if INTERPRETED:  # they ask for a GPU
             for module in (attention, fused, hidden_states, vocabulary):
                 monkeypatch.setattr(module, "kernels_for", lambda tensor: kernels)
 

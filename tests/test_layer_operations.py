@@ -132,16 +132,23 @@ def test_add_and_norm_drops_values_alone(ops):
     assert rows.float().mean() > 0.9  # a value that stays is 1e14
 
 
+REAL = {
+    "ends": torch.arange(13) < torch.tensor([13, 4, 9])[:, None],
+    "holes": torch.arange(39).view(3, 13) % torch.tensor([2, 5, 7])[:, None] > 0,
+    "nothing": torch.arange(13) < torch.tensor([0, 1, 13])[:, None],
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("map_loss", ["attention_map_loss", "attention_map_mse"])
+@pytest.mark.parametrize("real", REAL.values(), ids=REAL)
 @pytest.mark.parametrize("ops", [plain, fused])
-def test_attention_and_map_loss_are_both(ops, map_loss, dtype):
+def test_attention_and_map_loss_are_both(ops, real, map_loss, dtype):
     """Together they err no more than apart, against plain ones apart in float64."""
     *student, query_t, key_t = (
         normal(B, S, N, D, seed=seed, dtype=dtype).transpose(1, 2) for seed in range(5)
     )
-    mask = (torch.arange(S) < torch.tensor([13, 4, 9])[:, None]).long()
-    real = mask.bool()[:, None, :, None]  # what padding sees is nobody's concern
+    mask, real = real.long(), real[:, None, :, None]  # what padding sees is nobody's concern
     loss_of_maps = getattr(ops, map_loss)
 
     def together(query, key, value):

@@ -117,7 +117,7 @@ def _map_losses(
     2 pairs H_s each.
     """
     gradient = 2 * (2 * pairs * student.hidden_size)
-    if run.ops == "fused":
+    if run.ops == "fused":  # in the student's layers, which have its scores
         value = 2 * pairs * teacher.hidden_size
         return {(STUDENT, f"layers.{i}"): value + gradient for i, _ in run.attention_pairs}
     part = ATTENTION_LOSSES[run.recipe.attention_loss]

@@ -5,8 +5,7 @@ them; element-wise work is told by its bytes. Bytes are those of the tensors tha
 and writes, each once, as if nothing were cached; an operation that only looks at a tensor in
 another way (a view) moves none, and one that looks up or adds to some rows moves those rows.
 
-Shapes: B batch, N heads, S sequence (of queries), T sequence (of keys), D head size; a product is
-of (m, k) by (k, n).
+Shapes: a product is of (m, k) by (k, n).
 """
 
 import math

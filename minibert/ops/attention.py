@@ -1,8 +1,8 @@
 """Fused attention and the losses of its maps: on a CPU one sequence after another.
 
-As in `fused.py`: whole maps of a batch never exist, and the gradient of a loss is formed with its
-value. On a GPU with Triton `kernels/` does the same; without, attention is torch's own, and a loss
-goes over several masked sequences at once.
+As in `fused.py`: the maps of a batch are never one tensor, and the gradient of a loss is formed
+with its value. On a GPU with Triton `kernels/` does the same; without, attention is torch's own,
+and a loss goes over several masked sequences at once.
 
 Shapes: B batch, S sequence, N heads, D head size; of what is worked on at once b sequences, h
 heads, n tokens of a sequence, r rows of a tile.
@@ -37,9 +37,10 @@ def attention(
     """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
 
     query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
-    (B, N, S, D). On a CPU, where torch's own takes up to twice as long and has no lean dropout, one
-    sequence at a time: its maps fit into the cache while they are worked on, and its padding is not
-    computed (the context there is 0). A map of each sequence, B N S^2 values, is kept for backward.
+    (B, N, S, D). On a CPU one sequence at a time: its padding is not computed (the context there is
+    0), its maps, where it is short, stay in the cache, and one map is kept for backward, B N S^2
+    values in all. torch's own has no lean dropout there, and takes up to twice as long in bfloat16,
+    and in float32 where products are oneDNN's.
     """
     heads = (query, key, value)
     if kernels := _attention_kernels(query):
@@ -90,10 +91,10 @@ class _Attention(Function):
         B, N, S, D = query.shape
         ctx.scale = 1.0
         context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
-        loss_sum, from_loss, maps = None, [], []
+        loss_sum, from_loss, maps = None, None, []
         if teacher is not None:
             loss_sum = query.new_zeros((), dtype=precise_dtype(query))
-            from_loss = [query.new_zeros(2, B, S, N, D).transpose(2, 3)]  # (2, B, N, S, D)
+            from_loss = query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
             q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
             if teacher is None:
@@ -103,7 +104,7 @@ class _Attention(Function):
                 scores = _scores(precise(q), precise(k)), _scores(*guides)
                 rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, n, n) twice
                 loss_sum += rows_loss
-                _put_gradients(from_loss[0][:, b], real, d_scores.to(q.dtype), q, k)
+                _put_gradients(from_loss[:, b], real, d_scores.to(q.dtype), q, k)
             probs = kept_probs = probs.to(v.dtype)
             if dropout > 0:
                 kept, ctx.scale = kept_values(probs.shape, dropout, probs.dtype)
@@ -111,15 +112,14 @@ class _Attention(Function):
                 probs = probs.neg_().add_(kept_probs, alpha=2)  # 2 P - P or 0 - P: exact
             context[b][:, real] = (kept_probs @ v).mul_(ctx.scale)
             maps.append(probs)
-        ctx.save_for_backward(query, key, value, attention_mask, *from_loss, *maps)
+        ctx.save_for_backward(query, key, value, attention_mask, from_loss, *maps)
         return context, loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, loss_upstream):
-        query, key, value, attention_mask, *rest = ctx.saved_tensors
+        query, key, value, attention_mask, from_loss, *maps = ctx.saved_tensors
         B, N, S, D = query.shape
-        from_loss, maps = rest[:-B], rest[-B:]
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
         for b, real in enumerate(_real_tokens(attention_mask)):
             signed = maps[b]  # (N, n, n)
@@ -132,8 +132,8 @@ class _Attention(Function):
             # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
             _put_gradients(gradients[:2, b], real, d_scores, q, k)
-        if from_loss:
-            gradients[:2] += scaled(from_loss[0], loss_upstream)
+        if from_loss is not None:
+            gradients[:2] += scaled(from_loss, loss_upstream)
         return *gradients, *[None] * 4
 
 
@@ -255,7 +255,7 @@ def _scores(
     """scale Q K^T of some rows, with query, key (..., N, n, D) and padding (b, 1, 1, n).
 
     Returns (..., N, r, n). Where a key is padding it is half of the lowest number there is, so that
-    its logarithm to the base 2 is finite too.
+    the logarithm of its probability is finite to the base 2 too.
     """
     scores = (query[..., rows, :] / math.sqrt(query.shape[-1])) @ key.mT
     if padding is not None:
@@ -311,10 +311,10 @@ def attention_and_map_loss(
     On a CPU the student's scores are made once for both. By Triton the KL costs each of attention's
     three kernels one product more: the teacher's scores.
     """
-    heads, teacher = (query, key, value, attention_mask, dropout), (teacher_query, teacher_key)
+    given, teacher = (query, key, value, attention_mask, dropout), (teacher_query, teacher_key)
     kernels = _attention_kernels(query)
     if kernels is not None and map_loss is attention_map_loss:
-        return kernels.attention_and_map_loss(*heads, *teacher)
+        return kernels.attention_and_map_loss(*given, *teacher)
     if kernels is None and not query.is_cuda and map_loss in LOSS_OF_ROWS:
-        return _Attention.apply(*heads, teacher, LOSS_OF_ROWS[map_loss])
-    return attention(*heads), map_loss(query, key, *teacher, attention_mask)
+        return _Attention.apply(*given, teacher, LOSS_OF_ROWS[map_loss])
+    return attention(*given), map_loss(query, key, *teacher, attention_mask)

@@ -1,15 +1,15 @@
 """The functions of `plain.py`, lean in memory and time.
 
 A loss has a derivative that can be written down: it is formed together with the value, tile by
-tile, so that the maps of a batch or all logits never exist at once, and backward only multiplies it
-by what comes from above. (Triton's kernels of maps and of hidden states form it in backward, from
-sums that the value left.) Each derivative stands beside the statement that computes it. Products
-are of the dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
+tile, so that the maps of a batch or all logits are never one tensor, and backward only multiplies
+it by what comes from above. (Triton's kernels of maps and of hidden states form it in backward,
+from sums that the value left.) Each derivative stands beside the statement that computes it.
+Products are of the dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Here they come together:
-attention and the losses of its maps from `attention.py`, the losses of hidden states from
-`hidden_states.py`, those over the vocabulary from `vocabulary.py`, and what joins linear maps on a
-GPU from `projections.py`.
+attention and the losses of its maps from `attention.py`, `dropout.py`, the losses of hidden states
+from `hidden_states.py`, those over the vocabulary from `vocabulary.py`, and what joins linear maps
+on a GPU from `projections.py`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What the fused operations share: the size of a tile, the precision of a sum, the Triton twins."""
+"""What fused operations share: sizes of tiles, precision of sums, softmax, the Triton twins."""
 
 import math
 from collections.abc import Iterator
