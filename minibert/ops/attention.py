@@ -315,6 +315,6 @@ def attention_and_map_loss(
     kernels = _attention_kernels(query)
     if kernels is not None and map_loss is attention_map_loss:
         return kernels.attention_and_map_loss(*given, *teacher)
-    if kernels is None and not query.is_cuda and map_loss in LOSS_OF_ROWS:
+    if not (query.is_cuda or kernels_for(query)) and map_loss in LOSS_OF_ROWS:
         return _Attention.apply(*given, teacher, LOSS_OF_ROWS[map_loss])
     return attention(*given), map_loss(query, key, *teacher, attention_mask)
