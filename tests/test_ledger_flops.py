@@ -21,8 +21,6 @@ from minibert.model import BertForMaskedLM
 from minibert.student import new_student
 from minibert.training.optimizer import build_optimizer
 
-aten = torch.ops.aten
-
 
 def expected(run, config: BertConfig) -> Counter:
     """The FLOPs of a recorded step by formula."""

@@ -4,8 +4,6 @@ FLOPs are those of matrix products, 2 for each multiplication and its addition, 
 them; element-wise work is told by its bytes. Bytes are those of the tensors that an operation reads
 and writes, each once, as if nothing were cached; an operation that only looks at a tensor in
 another way (a view) moves none, and one that looks up or adds to some rows moves those rows.
-
-Shapes: a product is of (m, k) by (k, n).
 """
 
 import math
