@@ -72,7 +72,8 @@ def train(run: RunConfig) -> None:
         student, teacher, run = build_models(run, corpus, device)
         at_once = run.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
         sizes = (run.max_length, at_once, run.batch_size)
-        batches = Batches(corpus, *sizes, run.seed, rank(), world_size())
+        packed = device.type == "cpu" and run.ops == "fused"
+        batches = Batches(corpus, *sizes, run.seed, rank(), world_size(), packed)
         held_out = batches.held_out(run.eval_documents)[rank() :: world_size()]
         optimizer = build_optimizer(student, run.weight_decay)
         learnt_from = identity(run, corpus)
@@ -159,7 +160,7 @@ def update(
     pass_over_unless_finite(optimizer, figures)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if step % 10 == 0:
+    if step % 100 == 0:
         release_freed_memory()  # gaps between tensors of ever new sizes add up
     return figures
 
@@ -194,7 +195,13 @@ def loss_terms(
     hidden_state_loss = getattr(ops, HIDDEN_LOSSES[run.recipe.hidden_loss])
     attention_map_loss = getattr(ops, ATTENTION_LOSSES[run.recipe.attention_loss])
     mask = batch.attention_mask
-    where = {"attention_mask": mask, "masked_positions": batch.masked_positions, "ops": ops}
+    given = {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "position_ids": batch.position_ids,
+        "masked_positions": batch.masked_positions,
+        "ops": ops,
+    }
     half = torch.bfloat16 if run.dtype == "bfloat16" else None
     teacher_head, follow = (None, None, None), {}
     if teacher is not None:
@@ -202,13 +209,11 @@ def loss_terms(
         # A frozen set, since torch.compile would take numbers in a list for sizes that vary.
         keep = frozenset(j for _, j in run.attention_pairs)
         with torch.inference_mode():
-            taught = teacher(batch.input_ids, **where, keep=keep)
+            taught = teacher(**given, keep=keep)
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
         follow = {i: (taught.queries[j], taught.keys[j]) for i, j in run.attention_pairs}
-    learnt = student(
-        batch.input_ids, **where, dtype=half, follow=follow, map_loss=attention_map_loss
-    )
-    student_head = (learnt.head_output, student.decoder, student.decoder_bias)
+    learnt = student(**given, dtype=half, follow=follow, map_loss=attention_map_loss)
+    student_head = (learnt.head_output, learnt.decoder, student.decoder_bias)
     attention_sums = [learnt.map_losses[i] for i, _ in run.attention_pairs]
     hidden_sums = []
     if teacher is not None:

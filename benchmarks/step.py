@@ -52,7 +52,7 @@ from variants import Variant, authors_side, choose, our_side
 from workload import Work, work_of, write_random_corpus
 
 from minibert.config import BIOBERT
-from minibert.data.batches import GlobalBatch, MicroBatch
+from minibert.data.batches import GlobalBatch
 from minibert.data.corpus import Corpus
 from minibert.errors import ArgumentParser, InputError, run_command
 from minibert.evaluate import check_fit
@@ -93,7 +93,7 @@ def ready(batch: GlobalBatch, device: torch.device) -> GlobalBatch:
     """As a DataLoader would have it: for a GPU in memory that is copied without waiting."""
     if device.type != "cuda":
         return batch
-    pinned = [MicroBatch(*(t.pin_memory() for t in part)) for part in batch.micro_batches]
+    pinned = [part.each(Tensor.pin_memory) for part in batch.micro_batches]
     return batch._replace(micro_batches=pinned)
 
 

@@ -123,7 +123,8 @@ def our_side(work: Work, variant: Variant) -> Side:
         assert not teacher.training  # it stays in memory, as in a run, for evaluations
         return train.update(learner, guide, optimizer, batch, next(steps), run)[0]  # the loss
 
-    return work.batches(run.micro_batch_tokens), update
+    packed = work.device.type == "cpu" and run.ops == "fused"
+    return work.batches(run.micro_batch_tokens, packed), update
 
 
 def authors_side(work: Work, variant: Variant) -> Side:

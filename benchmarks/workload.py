@@ -33,10 +33,11 @@ class Work:
     device: torch.device
     precision: str  # of our float32 products: what set_up_device chose
 
-    def batches(self, micro_batch_tokens: int) -> Batches:
+    def batches(self, micro_batch_tokens: int, packed: bool = False) -> Batches:
         """The same documents and masks, however they are cut."""
         corpus = Corpus.open(self.data)
-        return Batches(corpus, self.max_length, micro_batch_tokens, self.batch_size)
+        sizes = (self.max_length, micro_batch_tokens, self.batch_size)
+        return Batches(corpus, *sizes, packed=packed)
 
 
 def random_models(config: BertConfig) -> tuple[BertForMaskedLM, BertForMaskedLM, tuple[int, ...]]:

@@ -28,6 +28,7 @@ NOBODY: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({})  # of `follow
 class EncoderOutput(NamedTuple):
     """What the layers computed."""
 
+    word_embeddings: Tensor  # (V, H): the table that was looked up in, for its other use
     embedding_output: Tensor  # (B, S, H)
     hidden_states: tuple[Tensor, ...]  # L of (B, S, H): the output of each layer
     queries: dict[int, Tensor]  # layer -> (B, N, S, D), for the layers named in `keep`
@@ -38,6 +39,7 @@ class EncoderOutput(NamedTuple):
 class MaskedLMOutput(NamedTuple):
     """`EncoderOutput` and what the head made of it."""
 
+    decoder: Tensor  # (V, H): the word embeddings, from the head's output to the vocabulary
     embedding_output: Tensor  # (B, S, H)
     hidden_states: tuple[Tensor, ...]  # L of (B, S, H)
     queries: dict[int, Tensor]  # layer -> (B, N, S, D)
@@ -86,17 +88,27 @@ class Embeddings(nn.Module):
         self.hidden_dropout = config.hidden_dropout_prob
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, ops: ModuleType = plain
-    ) -> Tensor:
-        """input_ids (B, S), token_type_ids (B, S) or None for all 0; returns (B, S, H)."""
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        ops: ModuleType = plain,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """input_ids (B, S), token_type_ids (B, S) or None for all 0, position_ids (B, S) or None
+        for 0 to S - 1; returns the embeddings (B, S, H) and, for its other use, the table of words
+        (V, H).
+        """
         S = input_ids.shape[1]
         token_types = self.token_type_embeddings.weight[0]  # (H,)
         if token_type_ids is not None:
             token_types = self.token_type_embeddings(token_type_ids)  # (B, S, H)
-        places = self.position_embeddings.weight[:S] + token_types  # (S, H), or (B, S, H)
-        embeddings = self.word_embeddings(input_ids) + places  # (B, S, H)
+        positions = self.position_embeddings.weight[:S]  # (S, H)
+        if position_ids is not None:
+            positions = self.position_embeddings(position_ids)  # (B, S, H)
+        words, table = ops.look_up(self.word_embeddings.weight, input_ids)  # (B, S, H), (V, H)
+        embeddings = words + (positions + token_types)  # (B, S, H)
         dropout = self.hidden_dropout if self.training else 0.0
-        return ops.dropout(self.layer_norm(embeddings), dropout)  # (B, S, H)
+        return ops.dropout(self.layer_norm(embeddings), dropout), table  # (B, S, H), (V, H)
 
 
 class EncoderLayer(nn.Module):
@@ -187,19 +199,21 @@ class BertModel(nn.Module):
         ops: ModuleType = plain,
         follow: Mapping[int, tuple[Tensor, Tensor]] = NOBODY,
         map_loss: Callable[..., Tensor] | None = None,
+        position_ids: Tensor | None = None,
     ) -> EncoderOutput:
         """Run embeddings and layers; `keep` names the layers whose queries and keys are returned.
 
         input_ids, attention_mask (1 = real), token_type_ids (B, S); dtype: of all that follows the
         embeddings, None for that of the weights; ops: whose operations, `ops.plain` or `ops.fused`;
         follow: for some layers the query and key of the teacher's that they are compared with, by
-        `map_loss` (None: `ops.attention_map_loss`). Raises ValueError where the sequence is longer
-        than the model has positions.
+        `map_loss` (None: `ops.attention_map_loss`). Where a row holds several sequences, the mask
+        is their numbers (`plain.same_sequence`) and position_ids (B, S) each token's place in its
+        own. Raises ValueError where the sequence is longer than the model has positions.
         """
         S, longest = input_ids.shape[1], self.config.max_position_embeddings
-        if longest < S:
+        if position_ids is None and longest < S:
             raise ValueError(f"a sequence of {S} tokens; the model has {longest} positions")
-        embedding_output = self.embeddings(input_ids, token_type_ids, ops)  # (B, S, H)
+        embedding_output, table = self.embeddings(input_ids, token_type_ids, ops, position_ids)
         if dtype is not None:
             embedding_output = embedding_output.to(dtype)
         hidden_state = embedding_output
@@ -214,7 +228,9 @@ class BertModel(nn.Module):
                 map_losses[number] = loss
             if number in keep:
                 queries[number], keys[number] = query, key  # (B, N, S, D)
-        return EncoderOutput(embedding_output, tuple(hidden_states), queries, keys, map_losses)
+        return EncoderOutput(
+            table, embedding_output, tuple(hidden_states), queries, keys, map_losses
+        )
 
     forward = encode
 
@@ -255,13 +271,14 @@ class BertForMaskedLM(BertModel):
         ops: ModuleType = plain,
         follow: Mapping[int, tuple[Tensor, Tensor]] = NOBODY,
         map_loss: Callable[..., Tensor] | None = None,
+        position_ids: Tensor | None = None,
     ) -> MaskedLMOutput:
         """input_ids, attention_mask (1 = real), token_type_ids (B, S); the others as in `encode`.
 
         masked_positions (M,) are indices into the B * S positions, row after row; None is all of
         them. Only there does the head run: 15 % of the positions are 15 % of the work.
         """
-        settings = (keep, dtype, ops, follow, map_loss)
+        settings = (keep, dtype, ops, follow, map_loss, position_ids)
         encoded = self.encode(input_ids, attention_mask, token_type_ids, *settings)
         hidden_rows = encoded.hidden_states[-1].flatten(0, 1)  # (B * S, H)
         if masked_positions is not None:

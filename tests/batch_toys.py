@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from conftest import SPECIAL_TOKENS
 
 from minibert.data.batches import GlobalBatch, MicroBatch
@@ -48,6 +49,12 @@ def rows_of(micro_batches: list[MicroBatch]) -> Iterator[tuple[list[int], dict[i
             assert mask[:length].all(), "real tokens come first"
             places = {p - number * S: label for p, label in labels.items() if p // S == number}
             yield ids[:length].tolist(), places
+
+
+def same(batch: MicroBatch, other: MicroBatch) -> bool:
+    """Whether two micro-batches hold the same, to the last number."""
+    pairs = zip(batch, other, strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 def original(corpus: Corpus, ids: list[int], places: dict[int, int]) -> list[int]:

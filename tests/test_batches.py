@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from batch_toys import corpus_of, original, rows, rows_of, tokenizer_of
+from batch_toys import corpus_of, original, rows, rows_of, same, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +29,7 @@ def test_a_step_can_be_built_alone(corpus):
     alone = batches(corpus).at(8)
     assert last.documents == alone.documents
     for ours, theirs in zip(last.micro_batches, alone.micro_batches, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert same(ours, theirs)
 
 
 def test_every_document_has_one_turn_an_epoch(corpus):
@@ -118,7 +117,7 @@ def test_held_out_documents_are_others_and_their_masks_always_the_same(corpus):
     one, other = (batches(corpus, seed=seed).held_out(1000) for seed in (1, 2))
     assert sum(len(m.input_ids) for m in one) == count
     for ours, theirs in zip(one, other, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert same(ours, theirs)
 
 
 @pytest.fixture(scope="module")

@@ -91,13 +91,15 @@ def test_fused_leaves_padding_out(ops):
     config, _, run = followed(run, TOY)
     teacher = BertForMaskedLM(TOY).requires_grad_(False).eval()
     student = new_student(teacher, run)
-    batch = padded([[11, 4, 7], [5, 2]], masked=3)
+    batch = padded([[27, 4, 19], [20, 2]], masked=3)
     optimizer = build_optimizer(student, run.weight_decay)
     with Ledger({"student": student, "teacher": teacher}).recorded() as ledger:
         train.update(student, teacher, optimizer, batch, 1, run)
     found = closed_form.flops_by_part(ledger.operations)
     assert found == closed_form.step_flops(config, TOY, run, batch.micro_batches)
-    pairs = (11**2 + 4**2 + 7**2) + (5**2 + 2**2) if ops == "fused" else 3 * 11**2 + 2 * 5**2
+    pairs = 3 * 27**2 + 2 * 20**2
+    if ops == "fused":  # of each length, rounded up to a multiple of 16
+        pairs = (32**2 + 16**2 + 32**2) + (32**2 + 16**2)
     product = 2 * pairs * TOY.hidden_size
     differ = found[STUDENT, "layers.0"] - found[TEACHER, "layers.0"]
     if ops == "fused":  # the teacher's scores and the gradient, within the student's layers

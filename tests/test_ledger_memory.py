@@ -24,6 +24,7 @@ from minibert.ops.vocabulary import LOGITS_AT_ONCE
 B, S, N, V = 4, 503, BIOBERT.num_attention_heads, BIOBERT.vocab_size
 MASKED_SHARE = 0.6
 M = round(MASKED_SHARE * B * S)
+ROUNDED_S = 512  # on so many tokens fused attention is computed on a CPU
 LONG = {"batch_size": B, "max_length": S, "micro_batch_tokens": B * S}
 
 
@@ -51,7 +52,7 @@ def test_no_whole_maps_and_logits_at_biobert_s_size(recipe, monkeypatch):
     student = {"num_hidden_layers": 1, "hidden_size": 312, "intermediate_size": 1_200}
     assert M * V > LOGITS_AT_ONCE
     fused = ledger_of(run_of(recipe, student, **LONG), config, shapes_only=True).operations
-    assert max(map_sizes(fused, S)) == N * S * S
+    assert max(map_sizes(fused, ROUNDED_S)) == N * ROUNDED_S**2
     assert 0 < max(logit_sizes(fused, V)) <= LOGITS_AT_ONCE
     plain = ledger_of(run_of(recipe, student, ops="plain", **LONG), config, shapes_only=True)
     assert max(map_sizes(plain.operations, S)) == B * N * S * S
@@ -69,8 +70,8 @@ def test_no_whole_maps_in_all_of_biobert_s_layers():
 
 @pytest.mark.parametrize("recipe", EVERY_RECIPE)
 def test_no_whole_maps_in_a_toy_step(recipe):
-    S, heads, sequences = 13, 3, 2
-    assert max(map_sizes(toy_ledger(recipe).operations, S)) == heads * S * S
+    S, rounded, heads, sequences = 13, 16, 3, 2
+    assert max(map_sizes(toy_ledger(recipe).operations, rounded)) == heads * rounded * rounded
     whole = max(map_sizes(toy_ledger(recipe, "plain").operations, S))
     assert whole == sequences * heads * S * S
 
@@ -85,8 +86,8 @@ def test_what_attention_keeps():
         for o in toy_ledger("compactbiobert").operations
         if o.phase == STUDENT and o.function == "_Attention" and o.saved_bytes
     ]
-    maps = [o.saved_bytes for o in kept if o.outputs[0][0][-2:] == (13, 13)]
-    assert maps == 5 * 2 * [3 * 13 * 13 * 4]  # sequences, layers
+    maps = [o.saved_bytes for o in kept if o.outputs[0][0][-2:] == (16, 16)]  # 13, rounded up
+    assert maps == 5 * 2 * [3 * 16 * 16 * 4]  # sequences, layers
     gradients = [o.saved_bytes for o in kept if asked_in(o, "gradients[1][:, real] = ")]
     assert sum(gradients) == 2 * (2 * 5 * 13 * 24 * 4)  # layers; of queries and keys
     contexts = [o for o in kept if asked_in(o, "context[b][:, real] = ")]
@@ -101,7 +102,7 @@ def kept_by_autograd(recipe: str, ops: str, dtype: str, monkeypatch) -> int:
 
     def counted(student, teacher, optimizer, batch, *rest):
         given = [*student.parameters(), *(() if teacher is None else teacher.parameters())]
-        given += [tensor for part in batch.micro_batches for tensor in part]
+        given += [t for part in batch.micro_batches for t in part if t is not None]
         saved = []
 
         def keep(tensor):

@@ -47,7 +47,7 @@ def batch() -> GlobalBatch:
 
 def published_terms(student, teacher, micro_batch: MicroBatch) -> tuple[torch.Tensor, ...]:
     """The authors' CompactBioBERT loss, from whole maps and whole logits."""
-    input_ids, attention_mask, masked_positions, labels = micro_batch
+    input_ids, attention_mask, masked_positions, labels, _ = micro_batch
     H, N = student.config.hidden_size, student.config.num_attention_heads
     real = attention_mask.bool()
     learnt = student(input_ids, attention_mask, keep=range(2))
@@ -114,7 +114,7 @@ def test_every_parameter_gets_a_gradient(world, batch):
 def test_the_attention_term_does_not_depend_on_the_padding(world, batch):
     """Theirs is a mean over the padded length: a batch of short texts weighs more."""
     student, teacher, run = world
-    input_ids, attention_mask, _, labels = batch.micro_batches[0]
+    input_ids, attention_mask, _, labels, _ = batch.micro_batches[0]
     short = [1, 3, 4]  # at most 7 tokens
     cut = []
     for width in (7, 12, S):

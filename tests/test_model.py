@@ -106,9 +106,11 @@ def test_embeddings_are_a_normalised_sum(model, batch):
     centred = total - total.mean(-1, keepdim=True)
     normal = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-12).sqrt()
     expected = normal * parts.layer_norm.weight + parts.layer_norm.bias
-    torch.testing.assert_close(parts(input_ids, token_type_ids), expected)
-    without = parts(input_ids, None)
-    torch.testing.assert_close(without, parts(input_ids, torch.zeros_like(input_ids)))
+    embeddings, table = parts(input_ids, token_type_ids)
+    torch.testing.assert_close(embeddings, expected)
+    assert table is parts.word_embeddings.weight
+    without, _ = parts(input_ids, None)
+    torch.testing.assert_close(without, parts(input_ids, torch.zeros_like(input_ids))[0])
 
 
 def test_logits_come_from_the_tied_matrix(model, batch):

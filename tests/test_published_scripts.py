@@ -183,7 +183,7 @@ def our_side(student, teacher, batch, run) -> tuple[Terms, dict[str, Tensor]]:
 
 def their_side(name, student, teacher, projection, batch) -> tuple[Terms, dict[str, Tensor]]:
     """The same by the definitions, the student's gradients under our names."""
-    input_ids, attention_mask, masked_positions, labels = batch.micro_batches[0]
+    input_ids, attention_mask, masked_positions, labels, _ = batch.micro_batches[0]
     all_labels = torch.full((B, S), -100)
     all_labels.view(-1)[masked_positions] = labels
     asked = {"output_attentions": True, "output_hidden_states": True}

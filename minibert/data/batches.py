@@ -10,22 +10,26 @@ Shapes: B sequences of a micro-batch, S its longest sequence, M its masked posit
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.data.corpus import Corpus
 from minibert.data.randomness import hashed, permuted
 from minibert.errors import InputError
+from minibert.ops.plain import IGNORED_LABEL
 
 MASKED_SHARE = 0.15  # of the tokens that are no special ones, each independently
 REPLACED_BY_MASK = 0.8  # of those: [MASK]; then a random id; the rest stay as they are
 REPLACED_BY_RANDOM = 0.1
+
+TOKEN_STEP, MASKED_STEP = 64, 32  # what a packed micro-batch has multiples of
 
 TRAINING, HELD_OUT, ORDER = 0, 1, 2  # separate streams of random numbers
 HELD_OUT_SEED = 0  # not the run's: runs are evaluated on the same masked positions
@@ -35,13 +39,40 @@ class MicroBatch(NamedTuple):
     """What goes through the models at once."""
 
     input_ids: Tensor  # (B, S) int64, masked and padded
-    attention_mask: Tensor  # (B, S) int64, 1 = real, 0 = padding
+    attention_mask: Tensor  # (B, S) int64, 0 = padding, 1 = real; packed: the sequence's number
     masked_positions: Tensor  # (M,) int64, indices into the B * S positions
-    labels: Tensor  # (M,) int64, the original ids there
+    labels: Tensor  # (M,) int64, the original ids there; packed: -100 where nothing is asked
+    position_ids: Tensor | None = None  # (B, S) int64, places in a sequence; None: 0 to S - 1
+
+    def each(self, change: Callable[[Any], Any]) -> "MicroBatch":
+        """The same with every tensor changed."""
+        return MicroBatch(*(None if tensor is None else change(tensor) for tensor in self))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device; from pinned memory, without waiting for the copy."""
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def packed(self) -> "MicroBatch":
+        """The same sequences one after the other in a single row, without padding between them.
+
+        Behind the last of T tokens stands padding, behind the last masked position some that do not
+        count, up to multiples of `TOKEN_STEP` and `MASKED_STEP`. For each new size of a product a
+        CPU's library makes a kernel: that takes time, and the kernels that are kept lie scattered
+        in the memory that the next update needs.
+        """
+        real = self.attention_mask.bool()  # (B, S)
+        B, S = real.shape
+        numbers = torch.arange(1, B + 1)[:, None].expand(B, S)[real]  # (T,)
+        position_ids = torch.arange(S).expand(B, S)[real]  # (T,)
+        new_places = real.flatten().cumsum(0) - 1  # (B * S,)
+        more_tokens, more_masked = -len(numbers) % TOKEN_STEP, -len(self.labels) % MASKED_STEP
+        return MicroBatch(
+            input_ids=F.pad(self.input_ids[real], (0, more_tokens))[None],
+            attention_mask=F.pad(numbers, (0, more_tokens))[None],
+            masked_positions=F.pad(new_places[self.masked_positions], (0, more_masked)),
+            labels=F.pad(self.labels, (0, more_masked), value=IGNORED_LABEL),
+            position_ids=F.pad(position_ids, (0, more_tokens))[None],
+        )
 
 
 class GlobalBatch(NamedTuple):
@@ -77,6 +108,7 @@ class Batches:
         batch_size: sequences in a global batch.
         seed: of order and masks.
         rank, world_size: of the processes that share each global batch, the one that this is.
+        packed: whether the micro-batches of `at` are (those of `held_out` never are).
     """
 
     def __init__(
@@ -88,11 +120,13 @@ class Batches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        packed: bool = False,
     ):
         if batch_size < world_size:
             raise InputError(f"--batch-size {batch_size} for {world_size} processes")
         self.rank, self.world_size = rank, world_size
         self.corpus = corpus
+        self.packed = packed
         self.batch_size = batch_size
         self.max_length = max_length
         self.micro_batch_tokens = micro_batch_tokens
@@ -112,7 +146,7 @@ class Batches:
         own = self._micro_batches(sequences.some(is_own))
         others = self._micro_batches(sequences.some(~is_own))  # for the counts
         return GlobalBatch(
-            micro_batches=own,
+            micro_batches=[each.packed() for each in own] if self.packed else own,
             documents=documents.tolist(),
             num_tokens=int(sequences.lengths.sum()),
             num_masked=sum(len(micro_batch.labels) for micro_batch in own + others),
@@ -149,10 +183,10 @@ class Batches:
                 raise InputError(self._why_it_ended(worker.exitcode)) from None
             if isinstance(batch, Exception):
                 raise batch
-            tensors = [[torch.from_numpy(array) for array in part] for part in batch.micro_batches]
+            parts = [part.each(torch.from_numpy) for part in batch.micro_batches]
             if pinned:
-                tensors = [[tensor.pin_memory() for tensor in part] for part in tensors]
-            yield batch._replace(micro_batches=[MicroBatch(*part) for part in tensors])
+                parts = [part.each(Tensor.pin_memory) for part in parts]
+            yield batch._replace(micro_batches=parts)
 
     def _why_it_ended(self, exitcode: int) -> str:
         """What is known of a worker that is gone."""
@@ -172,8 +206,7 @@ class Batches:
             batch = self.at(step)
         except (InputError, OSError, MemoryError) as error:
             return error
-        arrays = [[tensor.numpy() for tensor in part] for part in batch.micro_batches]
-        return batch._replace(micro_batches=[MicroBatch(*part) for part in arrays])
+        return batch._replace(micro_batches=[p.each(Tensor.numpy) for p in batch.micro_batches])
 
     def held_out(self, num_documents: int) -> list[MicroBatch]:
         """Some held-out documents, evenly spread, with masks that depend on `max_length` alone."""

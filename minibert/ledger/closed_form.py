@@ -7,8 +7,8 @@ LayerNorm, look-ups, the update) is counted as 0, here as in the ledger.
 Shapes: B batch, S sequence, H hidden (H_s the student's, H_t the teacher's), I intermediate, L
 layers, V vocabulary, M masked positions, P positions; of one micro-batch. A pair is an element of
 an attention map: a query with a key, of one head; it takes a product of D numbers, and N heads
-have N D = H. There are B S^2 pairs a head; n^2 for each sequence of n real tokens where padding is
-left out.
+have N D = H. There are B S^2 pairs a head; m^2 for each sequence of n real tokens where padding is
+left out, with m `attention.rounded_up(n)`.
 """
 
 from collections import Counter
@@ -16,10 +16,14 @@ from collections.abc import Iterable
 from functools import cache
 from inspect import getsourcelines
 
+import torch
+from torch import Tensor
+
 from minibert.config import BertConfig
 from minibert.data.batches import MicroBatch
 from minibert.ledger.record import BACKWARD, LOSSES, ROOT, STUDENT, TEACHER, Operation
 from minibert.ops import fused, plain
+from minibert.ops.attention import rounded_up
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
 from minibert.run_config import RunConfig
 
@@ -53,7 +57,7 @@ def step_flops(
     - fused forms a loss's gradient with its value; plain in backward;
     - fused compares maps where attention makes them, in the student's layers; plain forms the
       student's scores anew, in the losses' phase;
-    - fused attention leaves padding out.
+    - fused attention leaves padding out, but for what a length is rounded up by.
     Tiles change nothing: what is cut is computed once.
     """
     flops: Counter[Part] = Counter()
@@ -61,7 +65,7 @@ def step_flops(
         B, S = batch.input_ids.shape
         M, pairs = len(batch.masked_positions), B * S * S
         if run.ops == "fused":
-            pairs = int(batch.attention_mask.sum(1).square().sum())
+            pairs = sum(rounded_up(n) ** 2 for n in lengths(batch.attention_mask))
         if teacher is not None:
             flops.update(_forward(TEACHER, teacher, B * S, pairs, M))
         flops.update(_forward(STUDENT, student, B * S, pairs, M))
@@ -71,6 +75,12 @@ def step_flops(
             flops.update(_projection(student, teacher, run, B * S))
         flops.update(_vocabulary_loss(student, teacher, run, M))
     return +flops
+
+
+def lengths(attention_mask: Tensor) -> list[int]:
+    """Of the sequences in (B, S), also where several stand in a row (`plain.same_sequence`)."""
+    counts = [row.bincount()[1:] for row in attention_mask]  # behind the first: padding
+    return [int(n) for n in torch.cat(counts)]
 
 
 def _product(rows: int, inputs: int, outputs: int) -> int:

@@ -5,7 +5,7 @@ with its value. On a GPU with Triton `kernels/` does the same; without, attentio
 and a loss goes over several masked sequences at once.
 
 Shapes: B batch, S sequence, N heads, D head size; of what is worked on at once b sequences, h
-heads, n tokens of a sequence, r rows of a tile.
+heads, n tokens of a sequence, m of them rounded up, r rows of a tile.
 """
 
 import math
@@ -29,6 +29,8 @@ from minibert.ops.tiles import (
     scaled,
     tiles,
 )
+
+LENGTH_STEP = 16  # a CPU's sequences are filled up to multiples: each new size costs a new kernel
 
 
 def attention(
@@ -64,17 +66,18 @@ def _attention_without_backward(
     """Attention without dropout: of one sequence so many heads at once as fit into the cache."""
     B, N, S, D = query.shape
     context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
-    for b, real in enumerate(_real_tokens(attention_mask)):
-        q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-        n = q.shape[1]
-        for heads in tiles(N, n * n, in_cache(q, times=4)):
-            context[b][heads, real] = _probs(q[heads], k[heads]).to(v.dtype) @ v[heads]
+    for b, real, n in _sequences(attention_mask):
+        q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
+        m = q.shape[1]
+        for heads in tiles(N, m * m, in_cache(q, times=4)):
+            probs = _probs(q[heads], k[heads], n).to(v.dtype)  # (h, m, m)
+            context[b][heads, real] = (probs @ v[heads])[:, :n]
     return context
 
 
-def _probs(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) of some heads, (h, n, n) in float32, in the scores' own memory."""
-    scores = _scores(precise(query), precise(key))
+def _probs(query: Tensor, key: Tensor, n: int) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) of some heads, (h, m, m) in float32, in the scores' own memory."""
+    scores = _scores(precise(query), precise(key), n)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -95,63 +98,86 @@ class _Attention(Function):
         if teacher is not None:
             loss_sum = query.new_zeros((), dtype=precise_dtype(query))
             from_loss = query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
-        for b, real in enumerate(_real_tokens(attention_mask)):
-            q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
+        for b, real, n in _sequences(attention_mask):
+            q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
             if teacher is None:
-                probs = _probs(q, k)  # (N, n, n)
+                probs = _probs(q, k, n)  # (N, m, m)
             else:
-                guides = (precise(part[b][:, real].contiguous()) for part in teacher)  # (N, n, D')
-                scores = _scores(precise(q), precise(k)), _scores(*guides)
-                rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, n, n) twice
+                guides = (precise(_filled_up(part[b][:, real])) for part in teacher)  # (N, m, D')
+                scores = _scores(precise(q), precise(k), n), _scores(*guides, n)
+                rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, m, m) twice
                 loss_sum += rows_loss
-                _put_gradients(from_loss[:, b], real, d_scores.to(q.dtype), q, k)
+                _put_gradients(from_loss[:, b], real, n, d_scores.to(q.dtype), q, k)
             probs = kept_probs = probs.to(v.dtype)
             if dropout > 0:
                 kept, ctx.scale = kept_values(probs.shape, dropout, probs.dtype)
-                kept_probs = probs * kept  # (N, n, n)
+                kept_probs = probs * kept  # (N, m, m)
                 probs = probs.neg_().add_(kept_probs, alpha=2)  # 2 P - P or 0 - P: exact
-            context[b][:, real] = (kept_probs @ v).mul_(ctx.scale)
+            context[b][:, real] = (kept_probs @ v)[:, :n].mul_(ctx.scale)
             maps.append(probs)
-        ctx.save_for_backward(query, key, value, attention_mask, from_loss, *maps)
+        ctx.save_for_backward(query, key, value, attention_mask, from_loss, context, *maps)
         return context, loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, loss_upstream):
-        query, key, value, attention_mask, from_loss, *maps = ctx.saved_tensors
+        query, key, value, attention_mask, from_loss, context, *maps = ctx.saved_tensors
         B, N, S, D = query.shape
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
-        for b, real in enumerate(_real_tokens(attention_mask)):
-            signed = maps[b]  # (N, n, n)
-            q, k, v = (part[b][:, real].contiguous() for part in (query, key, value))  # (N, n, D)
-            d_context = (upstream[b][:, real] * ctx.scale).contiguous()  # (N, n, D), with c
-            gradients[2, b][:, real] = signed.relu().transpose(1, 2) @ d_context  # relu: P * kept
-            d_kept = d_context @ v.transpose(1, 2)  # (N, n, n)
+        for (b, real, n), signed in zip(_sequences(attention_mask), maps, strict=True):  # (N, m, m)
+            q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
+            d_real, real_context = upstream[b][:, real], context[b][:, real]  # (N, n, D)
+            d_context = _filled_up(d_real * ctx.scale)  # (N, m, D), with c
+            d_value = signed.relu().transpose(1, 2) @ d_context  # (N, m, D); relu: P * kept
+            gradients[2, b][:, real] = d_value[:, :n]
+            d_kept = d_context @ v.transpose(1, 2)  # (N, m, m)
             d_probs = torch.ops.aten.threshold_backward(d_kept, signed, 0)  # 0 where dropped
             del d_kept  # a map less at once
-            # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32.
+            # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32. That sum
+            # is dO_i O_i, too; taken off before, it leaves less for the rounding of P to spoil.
+            d_probs[:, :n] -= (precise(d_real) * real_context).sum(-1, keepdim=True)  # (N, n, 1)
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
-            _put_gradients(gradients[:2, b], real, d_scores, q, k)
+            _put_gradients(gradients[:2, b], real, n, d_scores, q, k)
         if from_loss is not None:
             gradients[:2] += scaled(from_loss, loss_upstream)
         return *gradients, *[None] * 4
 
 
 def _put_gradients(
-    gradients: Tensor, real: slice | Tensor, d_scores: Tensor, query: Tensor, key: Tensor
+    gradients: Tensor, real: slice | Tensor, n: int, d_scores: Tensor, query: Tensor, key: Tensor
 ) -> None:
-    """dQ = scale dS K and dK = scale dS^T Q of one sequence: (N, n, D), into (2, N, S, D)."""
+    """dQ = scale dS K and dK = scale dS^T Q of one sequence, (N, m, D): n rows, to (2, N, S, D)."""
     scale = 1 / math.sqrt(query.shape[-1])
-    gradients[0][:, real] = (d_scores @ key).mul_(scale)
-    gradients[1][:, real] = (d_scores.mT @ query).mul_(scale)
+    gradients[0][:, real] = (d_scores @ key)[:, :n].mul_(scale)
+    gradients[1][:, real] = (d_scores.mT @ query)[:, :n].mul_(scale)
 
 
-def _real_tokens(attention_mask: Tensor) -> Iterator[slice | Tensor]:
-    """For each sequence what picks its real tokens: a slice where padding is at the end alone."""
-    for mask in attention_mask.bool():
-        real = mask.nonzero().squeeze(1)
-        n = len(real)
-        yield slice(0, n) if mask[:n].all() else real
+def _sequences(attention_mask: Tensor) -> Iterator[tuple[int, slice | Tensor, int]]:
+    """For each sequence its row, what picks its tokens there, and how many they are.
+
+    That is a slice where they stand side by side.
+    """
+    for b, numbers in enumerate(attention_mask.long()):  # (S,), as in `plain.same_sequence`
+        for number in range(1, int(numbers.max()) + 1):
+            real = (numbers == number).nonzero().squeeze(1)  # (n,)
+            if n := len(real):
+                first, last = int(real[0]), int(real[-1])
+                yield b, slice(first, last + 1) if last - first < n else real, n
+
+
+def rounded_up(n: int) -> int:
+    """On how many tokens a CPU computes attention for a sequence of n."""
+    return n + -n % LENGTH_STEP
+
+
+def _filled_up(values: Tensor) -> Tensor:
+    """(N, n, D) in memory of its own, with rows of 0 behind: (N, m, D).
+
+    A query of 0 sees all keys alike in both models: so nothing is lost there, and no gradient is.
+    """
+    n = values.shape[1]
+    missing = rounded_up(n) - n
+    return F.pad(values, (0, 0, 0, missing)) if missing else values.contiguous()
 
 
 def attention_map_loss(
@@ -212,9 +238,10 @@ class _AttentionMapLoss(Function):
             b, _, n, _ = query.shape
             d_query, d_key = torch.empty_like(query), torch.zeros_like(student[1])
             for rows in tiles(n, b * N * n, in_cache(key, times=4)):
-                rows_loss, d_scores, _ = loss_of_rows(
-                    _scores(*student, rows, padding), _scores(*teacher, rows, padding)
-                )  # (), (b, N, r, n) twice
+                scores = [_scores(q[:, :, rows], k) for q, k in (student, teacher)]  # (b, N, r, n)
+                if padding is not None:
+                    scores = [each.masked_fill_(padding, _hidden(each)) for each in scores]
+                rows_loss, d_scores, _ = loss_of_rows(*scores)  # (), (b, N, r, n) twice
                 loss_sum += rows_loss
                 d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
                 d_query[:, :, rows] = d_scores @ key
@@ -237,7 +264,7 @@ Part = tuple[tuple[slice | Tensor, ...], Tensor | None]
 
 def _real_parts(attention_mask: Tensor) -> Iterator[Part]:
     """What is worked on at once: the real tokens of one sequence."""
-    for b, real in enumerate(_real_tokens(attention_mask)):
+    for b, real, _ in _sequences(attention_mask):
         yield (slice(b, b + 1), slice(None), real), None
 
 
@@ -249,18 +276,22 @@ def _masked_parts(attention_mask: Tensor, num_heads: int) -> Iterator[Part]:
         yield (sequences,), padding[sequences]
 
 
-def _scores(
-    query: Tensor, key: Tensor, rows: slice = slice(None), padding: Tensor | None = None
-) -> Tensor:
-    """scale Q K^T of some rows, with query, key (..., N, n, D) and padding (b, 1, 1, n).
+def _scores(query: Tensor, key: Tensor, n: int | None = None) -> Tensor:
+    """scale Q K^T: query (..., r, D), key (..., m, D), of which n are real (None: all).
 
-    Returns (..., N, r, n). Where a key is padding it is half of the lowest number there is, so that
-    the logarithm of its probability is finite to the base 2 too.
+    Returns (..., r, m).
     """
-    scores = (query[..., rows, :] / math.sqrt(query.shape[-1])) @ key.mT
-    if padding is not None:
-        scores.masked_fill_(padding, torch.finfo(scores.dtype).min / 2)
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT
+    if n is not None:
+        scores[..., n:].fill_(_hidden(scores))
     return scores
+
+
+def _hidden(scores: Tensor) -> float:
+    """The score of a key that is not to be seen: half of the lowest number there is, so that the
+    logarithm of its probability is finite to the base 2 too.
+    """
+    return torch.finfo(scores.dtype).min / 2
 
 
 # What a loss of maps returns: its sum, (), its dS and the student's map P_s, (..., N, r, n).

@@ -14,6 +14,8 @@ on a GPU from `projections.py`.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.nn.functional import embedding
 
 from minibert.ops import plain
 from minibert.ops.attention import (
@@ -37,9 +39,41 @@ __all__ = [
     "hidden_state_loss",
     "hidden_state_mse",
     "linear",
+    "look_up",
     "projections",
     "vocabulary_loss",
 ]
+
+
+def look_up(table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a table and the table, as `plain.look_up`.
+
+    On a CPU the rows' gradient is added to that of the table's other use, in its memory. By
+    themselves there would be two tensors of the table's size, one of them zeros nearly everywhere.
+    """
+    return plain.look_up(table, ids) if table.is_cuda else _LookUp.apply(table, ids)
+
+
+class _LookUp(Function):
+    """Y_t = E[id_t], E:    dE = dE of the other use, plus dY_t in each row id_t."""
+
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.set_materialize_grads(False)  # None where one of the two had no use
+        ctx.save_for_backward(ids)
+        ctx.shape = table.shape
+        return embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_rows, d_table):
+        (ids,) = ctx.saved_tensors
+        if d_rows is None:
+            return d_table, None
+        if d_table is None:
+            d_table = d_rows.new_zeros(ctx.shape)  # (V, H)
+        H = ctx.shape[1]
+        return d_table.contiguous().index_add_(0, ids.flatten(), d_rows.reshape(-1, H)), None
 
 
 def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

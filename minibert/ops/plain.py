@@ -22,13 +22,22 @@ SHORTEST = 1e-8  # the least norm that a vector is divided by: eps of torch's co
 def attention_scores(query: Tensor, key: Tensor, attention_mask: Tensor) -> Tensor:
     """Scaled dot products, before the softmax (Vaswani et al. 2017, section 3.2.1).
 
-    query, key (B, N, S, D); attention_mask (B, S), 1 = real. Returns (B, N, S, S) in float32 or
-    better; columns of padding keys hold the lowest finite number: after softmax, exact zeros.
+    query, key (B, N, S, D); attention_mask (B, S) as in `same_sequence`. Returns (B, N, S, S) in
+    float32 or better; a key that is not of the query's sequence has the lowest finite number: after
+    softmax, exactly 0.
     """
     query, key = _at_least_float32(query), _at_least_float32(key)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, N, S, S)
-    padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, S)
-    return scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+    return scores.masked_fill(~same_sequence(attention_mask), torch.finfo(scores.dtype).min)
+
+
+def same_sequence(attention_mask: Tensor) -> Tensor:
+    """Which keys a query sees, (B, 1, S, S): those of its own sequence; padding sees padding.
+
+    attention_mask (B, S): 0 = padding, 1 = real; of packed rows, the number of each token's
+    sequence, counted from 1.
+    """
+    return attention_mask[:, None, :, None] == attention_mask[:, None, None, :]
 
 
 def attention(
@@ -42,6 +51,15 @@ def attention(
     attention_probs = attention_scores(query, key, attention_mask).softmax(dim=-1)  # (B, N, S, S)
     attention_probs = F.dropout(attention_probs, dropout).to(value.dtype)
     return attention_probs @ value  # (B, N, S, D)
+
+
+def look_up(table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `table` (V, H) that `ids` (B, S) name, (B, S, H); and the table, as it is.
+
+    The second is for another use of the same table: BERT's decoder is its word embeddings, and
+    whoever sees both uses together can form the one gradient of both (`fused.py`).
+    """
+    return F.embedding(ids, table), table
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -144,9 +162,8 @@ def attention_map_loss(
     student_log_probs = attention_scores(student_query, student_key, attention_mask).log_softmax(-1)
     teacher_log_probs = attention_scores(teacher_query, teacher_key, attention_mask).log_softmax(-1)
     kl = teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)  # (B, N, S, S)
-    real = attention_mask.bool()  # (B, S)
-    pairs = real[:, None, :, None] & real[:, None, None, :]  # (B, 1, S, S): real query, real key
-    return kl.masked_fill(~pairs, 0).sum()
+    real = attention_mask.bool()[:, None, :, None]  # (B, 1, S, 1)
+    return kl.masked_fill(~(real & same_sequence(attention_mask)), 0).sum()
 
 
 def attention_map_mse(

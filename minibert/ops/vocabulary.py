@@ -28,7 +28,7 @@ from minibert.ops.tiles import (
 LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
 LOGITS_AT_ONCE_ON_GPU = 2**27
 ALIGNED = 64  # a GPU's matrix units are fed three times as fast by rows of so many elements
-DECODER_AT_ONCE = 2**22  # elements of a decoder that are rounded, or given a gradient, at once
+DECODER_AT_ONCE = 3 * 2**19  # elements of a decoder that are rounded, or given a gradient, at once
 
 
 def vocabulary_loss(
@@ -70,7 +70,8 @@ class _VocabularyLoss(Function):
         kernels = kernels_for(head)
         vocabulary_rows = _vocabulary_rows if kernels is None else kernels.vocabulary_rows
         d_head = torch.zeros_like(head, dtype=precise_dtype(head))
-        d_decoder, d_bias = torch.zeros_like(decoder), torch.zeros_like(bias)
+        d_decoder = torch.zeros_like(decoder) if len(head) == 0 else torch.empty_like(decoder)
+        d_bias = torch.zeros_like(bias)
         aligned = 1 if kernels is None else ALIGNED
         decoder = _as_factor(decoder, head.dtype, aligned)  # (W, H)
         if teacher_head is not None:
@@ -90,11 +91,15 @@ class _VocabularyLoss(Function):
                 output = output + temperature**2 * entropy
             sums += torch.stack([mlm.sum(), output.sum()])
             d_bias += d_logits.sum(0, dtype=sums.dtype)[:V]
-            d_logits = d_logits.to(head.dtype)  # (r, W)
             for part in columns:
-                d_head[rows] += d_logits[:, part] @ decoder[part]
+                d_part = d_logits[:, part].to(head.dtype)  # (r, w)
+                d_head[rows] += d_part @ decoder[part]
                 there = max(0, V - part.start)  # rows of the decoder: behind them are those of 0
-                d_decoder[part] += (d_logits[:, part].T @ head[rows])[:there]
+                d_rows = (d_part.T @ head[rows])[:there]  # (w, H)
+                if rows.start == 0:
+                    d_decoder[part] = d_rows
+                else:
+                    d_decoder[part] += d_rows
         ctx.save_for_backward(d_head.to(head.dtype), d_decoder, d_bias)
         mlm_sum, output_sum = sums.unbind()
         ctx.mark_non_differentiable(mlm_sum, output_sum)

@@ -1,0 +1,157 @@
+"""A packed micro-batch, several sequences in one row, says what the padded one says."""
+
+import dataclasses
+
+import pytest
+import torch
+from batch_toys import corpus_of, same, tokenizer_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train
+from minibert.data.batches import (
+    MASKED_STEP,
+    TOKEN_STEP,
+    Batches,
+    GlobalBatch,
+    MicroBatch,
+)
+from minibert.data.corpus import Corpus
+from minibert.ops import fused, plain
+
+LENGTHS = [23, 17, 16, 9, 3]
+
+
+def padded_batch(lengths: list[int], num_masked: int, vocab_size: int = 99) -> MicroBatch:
+    """Random sequences, of which so many real tokens are masked."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    input_ids = torch.randint(5, vocab_size, attention_mask.shape, generator=generator)
+    real = attention_mask.flatten().nonzero().squeeze(1)
+    masked = real[torch.randperm(len(real), generator=generator)[:num_masked]].sort().values
+    labels = torch.randint(5, vocab_size, masked.shape, generator=generator)
+    return MicroBatch(input_ids * attention_mask, attention_mask, masked, labels)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=7), share=st.floats(0, 1))
+def test_the_same_sequences_stand_in_it(lengths, share):
+    num_masked = int(share * sum(lengths))
+    padded = padded_batch(lengths, num_masked)
+    packed = padded.packed()
+    (ids,), (numbers,), (position_ids,) = packed.input_ids, packed.attention_mask, packed[4]
+    assert len(ids) == len(numbers) == len(position_ids)
+    assert len(ids) % TOKEN_STEP == 0 and len(ids) - sum(lengths) < TOKEN_STEP
+    assert numbers[sum(lengths) :].eq(0).all()
+    for number, length in enumerate(lengths, start=1):
+        assert torch.equal(ids[numbers == number], padded.input_ids[number - 1, :length])
+        assert torch.equal(position_ids[numbers == number], torch.arange(length))
+    # The masked tokens are the same, in the same order, and what is behind them does not count.
+    assert len(packed.labels) % MASKED_STEP == 0 <= MASKED_STEP - len(packed.labels) + num_masked
+    assert torch.equal(packed.labels[:num_masked], padded.labels)
+    assert packed.labels[num_masked:].eq(plain.IGNORED_LABEL).all()
+    places = packed.masked_positions[:num_masked]
+    assert torch.equal(ids[places], padded.input_ids.flatten()[padded.masked_positions])
+    S = padded.input_ids.shape[1]
+    assert torch.equal(numbers[places] - 1, padded.masked_positions // S)
+    assert torch.equal(position_ids[places], padded.masked_positions % S)
+
+
+def test_a_run_asks_for_it_and_an_evaluation_does_not(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(5, 60, (n,), generator=generator).tolist() for n in (9, 30, 4, 21, 13)]
+    corpus = corpus_of(tokenizer_of(tmp_path, 55), texts, held_out=1)
+    settings = {"max_length": 25, "micro_batch_tokens": 50, "batch_size": 4}
+    packed, padded = (Batches(corpus, **settings, packed=each) for each in (True, False))
+    for step in range(3):
+        ours, theirs = packed.at(step), padded.at(step)
+        assert ours[1:] == theirs[1:]  # documents and counts
+        assert len(ours.micro_batches) == len(theirs.micro_batches) > 1
+        for each, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+            assert same(each, other.packed()) and not same(each, other)
+    (each,), (other,) = packed.held_out(1), padded.held_out(1)
+    assert same(each, other)
+
+
+@pytest.fixture
+def world(toy_run):
+    """Student, teacher and settings, in float64, dropout off."""
+    corpus = Corpus.open(toy_run.data)
+    student, teacher, run = train.build_models(toy_run, corpus, torch.device("cpu"))
+    student, teacher = student.double().eval(), teacher.double()
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return student, teacher, run
+
+
+@pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
+def test_every_token_becomes_what_it_becomes_by_itself(world, ops):
+    """Of each layer; and the padding between two sequences, where there is any, is neither's."""
+    student, _, _ = world
+    padded = padded_batch(LENGTHS, num_masked=11)
+    real = padded.attention_mask.bool()
+    expected = student(*padded[:2], masked_positions=padded.masked_positions)  # plain, padded
+    packed = padded.packed()
+    where = {"masked_positions": packed.masked_positions, "position_ids": packed.position_ids}
+    output = student(*packed[:2], **where, ops=ops)
+    T = sum(LENGTHS)
+    torch.testing.assert_close(output.head_output[:11], expected.head_output)
+    pairs = zip(output.hidden_states, expected.hidden_states, strict=True)
+    for state, by_itself in [(output.embedding_output, expected.embedding_output), *pairs]:
+        torch.testing.assert_close(state[0, :T], by_itself[real])
+
+
+@pytest.mark.parametrize("ops", ["plain", "fused"])
+@pytest.mark.parametrize("hidden, attention", [("cosine", "kl"), ("mse", "mse")])
+def test_losses_and_gradients_are_the_same(world, ops, hidden, attention):
+    student, teacher, run = world
+    recipe = dataclasses.replace(run.recipe, hidden_loss=hidden, attention_loss=attention)
+    run = dataclasses.replace(run, recipe=recipe)
+    padded = padded_batch(LENGTHS, num_masked=11)
+    counts = (list(range(len(LENGTHS))), sum(LENGTHS), 11)
+    gradients, losses = [], []
+    for batch, which in ((padded, "plain"), (padded.packed(), ops)):
+        run = dataclasses.replace(run, ops=which)
+        student.zero_grad()
+        terms = train.loss_terms(student, teacher, batch, GlobalBatch([batch], *counts), run)
+        (terms.vocabulary_loss + terms.hidden_loss.sum() + terms.attention_loss.sum()).backward()
+        losses.append(terms)
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0])
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name, atol=1e-12, rtol=1e-7)
+
+
+def test_positions_are_looked_up_where_they_are_given(world):
+    """So a packed row may be longer than the model has positions; a place beyond them may not."""
+    student, _, _ = world
+    longest = student.config.max_position_embeddings
+    ids = torch.full((1, longest + 3), 7)
+    mask = torch.ones_like(ids)
+    positions = torch.arange(longest + 3)[None] % longest
+    assert student(ids, mask, position_ids=positions).embedding_output.shape[1] == longest + 3
+    with pytest.raises(ValueError, match="positions"):
+        student(ids, mask)
+    with pytest.raises(IndexError):
+        student(ids, mask, position_ids=positions + 3)
+
+
+def one_gradient_of(ops, table: Tensor, ids: Tensor, use: str) -> Tensor:
+    """Of a look-up and of the table's other use, or of one of them."""
+    rows, again = ops.look_up(table, ids)
+    generator = torch.Generator().manual_seed(4)
+    of_rows = (rows * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)).sum()
+    of_table = (again * torch.randn(again.shape, generator=generator, dtype=rows.dtype)).sum()
+    loss = {"rows": of_rows, "table": of_table, "sum": again.sum(), "both": of_rows + of_table}[use]
+    (gradient,) = torch.autograd.grad(loss, table)
+    return gradient
+
+
+@pytest.mark.parametrize("use", ["rows", "table", "sum", "both"])
+def test_a_table_used_twice_has_one_gradient(use):
+    table = torch.randn(31, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(31, (3, 20))  # some of them more than once
+    expected = one_gradient_of(plain, table, ids, use)
+    torch.testing.assert_close(one_gradient_of(fused, table, ids, use), expected)
