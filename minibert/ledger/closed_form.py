@@ -55,8 +55,9 @@ def step_flops(
 
     teacher: None where the run follows none. `plain` and `fused` differ in this:
     - fused forms a loss's gradient with its value; plain in backward;
-    - fused compares maps where attention makes them, in the student's layers; plain forms the
-      student's scores anew, in the losses' phase;
+    - fused compares maps where attention makes them, in the student's layers, and its backward pass
+      has one gradient of the scores for both; plain forms the student's scores anew, in the losses'
+      phase, and has two;
     - fused attention leaves padding out, but for what a length is rounded up by.
     Tiles change nothing: what is cut is computed once.
     """
@@ -122,16 +123,16 @@ def _backward(config: BertConfig, tokens: int, pairs: int, masked: int) -> dict[
 def _map_losses(
     student: BertConfig, teacher: BertConfig, run: RunConfig, pairs: int
 ) -> dict[Part, int]:
-    """Of each compared pair of layers: the scores of the teacher's map, 2 pairs H_t, and where they
-    are formed anew of the student's, 2 pairs H_s; the gradients of the student's queries and keys,
-    2 pairs H_s each.
+    """Of each compared pair of layers the scores of the teacher's map, 2 pairs H_t. Plain forms the
+    student's anew, 2 pairs H_s, and has gradients of its queries and keys, 2 pairs H_s each, beside
+    attention's own; in fused attention both come from one gradient of the scores.
     """
-    gradient = 2 * (2 * pairs * student.hidden_size)
     if run.ops == "fused":  # in the student's layers, which have its scores
         value = 2 * pairs * teacher.hidden_size
-        return {(STUDENT, f"layers.{i}"): value + gradient for i, _ in run.attention_pairs}
+        return {(STUDENT, f"layers.{i}"): value for i, _ in run.attention_pairs}
     part = ATTENTION_LOSSES[run.recipe.attention_loss]
     value = 2 * pairs * (student.hidden_size + teacher.hidden_size)
+    gradient = 2 * (2 * pairs * student.hidden_size)
     return _value_and_gradient(run, part, len(run.attention_pairs), value, gradient)
 
 

@@ -82,22 +82,19 @@ def _probs(query: Tensor, key: Tensor, n: int) -> Tensor:
 
 
 class _Attention(Function):
-    """P = softmax(Q K^T / sqrt(D)),  context O = c (P * kept) V,  with c = 1 / (1 - dropout).
+    """P = softmax(S), S = Q K^T / sqrt(D); context O = c (P * kept) V, with c = 1 / (1 - dropout).
 
-    Beside it, where there is a teacher, the loss of the same maps by `loss_of_rows`, whose gradient
-    is formed at once. Scores and what is made of them are float32 whatever comes in. For backward
-    one map is kept: P where a probability stayed, -P where it was dropped.
+    Beside it, where there is a teacher, the loss of the same maps by `loss_of_rows`. Scores and
+    what is made of them are float32 whatever comes in. For backward are kept, of each sequence, one
+    map, P where a probability stayed and -P where it was dropped, and the loss's dS.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, attention_mask, dropout, teacher=None, loss_of_rows=None):
         B, N, S, D = query.shape
-        ctx.scale = 1.0
+        ctx.scale, maps, loss_maps = 1.0, [], []
         context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
-        loss_sum, from_loss, maps = None, None, []
-        if teacher is not None:
-            loss_sum = query.new_zeros((), dtype=precise_dtype(query))
-            from_loss = query.new_zeros(2, B, S, N, D).transpose(2, 3)  # (2, B, N, S, D)
+        loss_sum = None if teacher is None else query.new_zeros((), dtype=precise_dtype(query))
         for b, real, n in _sequences(attention_mask):
             q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
             if teacher is None:
@@ -107,7 +104,7 @@ class _Attention(Function):
                 scores = _scores(precise(q), precise(k), n), _scores(*guides, n)
                 rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, m, m) twice
                 loss_sum += rows_loss
-                _put_gradients(from_loss[:, b], real, n, d_scores.to(q.dtype), q, k)
+                loss_maps.append(d_scores.to(q.dtype))
             probs = kept_probs = probs.to(v.dtype)
             if dropout > 0:
                 kept, ctx.scale = kept_values(probs.shape, dropout, probs.dtype)
@@ -115,16 +112,21 @@ class _Attention(Function):
                 probs = probs.neg_().add_(kept_probs, alpha=2)  # 2 P - P or 0 - P: exact
             context[b][:, real] = (kept_probs @ v)[:, :n].mul_(ctx.scale)
             maps.append(probs)
-        ctx.save_for_backward(query, key, value, attention_mask, from_loss, context, *maps)
+        ctx.save_for_backward(query, key, value, attention_mask, context, *maps, *loss_maps)
         return context, loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, loss_upstream):
-        query, key, value, attention_mask, from_loss, context, *maps = ctx.saved_tensors
+        query, key, value, attention_mask, context, *maps = ctx.saved_tensors
         B, N, S, D = query.shape
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
-        for (b, real, n), signed in zip(_sequences(attention_mask), maps, strict=True):  # (N, m, m)
+        scale = 1 / math.sqrt(D)
+        sequences = list(_sequences(attention_mask))
+        loss_maps = maps[len(sequences) :]
+        loss_weight = loss_upstream.item() if loss_maps else None
+        for number, (b, real, n) in enumerate(sequences):
+            signed = maps[number]  # (N, m, m)
             q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
             d_real, real_context = upstream[b][:, real], context[b][:, real]  # (N, n, D)
             d_context = _filled_up(d_real * ctx.scale)  # (N, m, D), with c
@@ -137,19 +139,11 @@ class _Attention(Function):
             # is dO_i O_i, too; taken off before, it leaves less for the rounding of P to spoil.
             d_probs[:, :n] -= (precise(d_real) * real_context).sum(-1, keepdim=True)  # (N, n, 1)
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
-            _put_gradients(gradients[:2, b], real, n, d_scores, q, k)
-        if from_loss is not None:
-            gradients[:2] += scaled(from_loss, loss_upstream)
+            if loss_maps:
+                d_scores.add_(loss_maps[number], alpha=loss_weight)
+            gradients[0, b][:, real] = (d_scores @ k)[:, :n].mul_(scale)
+            gradients[1, b][:, real] = (d_scores.mT @ q)[:, :n].mul_(scale)
         return *gradients, *[None] * 4
-
-
-def _put_gradients(
-    gradients: Tensor, real: slice | Tensor, n: int, d_scores: Tensor, query: Tensor, key: Tensor
-) -> None:
-    """dQ = scale dS K and dK = scale dS^T Q of one sequence, (N, m, D): n rows, to (2, N, S, D)."""
-    scale = 1 / math.sqrt(query.shape[-1])
-    gradients[0][:, real] = (d_scores @ key)[:, :n].mul_(scale)
-    gradients[1][:, real] = (d_scores.mT @ query)[:, :n].mul_(scale)
 
 
 def _sequences(attention_mask: Tensor) -> Iterator[tuple[int, slice | Tensor, int]]:
@@ -339,7 +333,8 @@ def attention_and_map_loss(
 ) -> tuple[Tensor, Tensor]:
     """Attention and a loss of its maps, as `plain.attention_and_map_loss`.
 
-    On a CPU the student's scores are made once for both. By Triton the KL costs each of attention's
+    On a CPU the student's scores are made once for both, and backward has one gradient of them: for
+    it the loss keeps its own, a map more. By Triton the KL costs each of attention's
     three kernels one product more: the teacher's scores.
     """
     given, teacher = (query, key, value, attention_mask, dropout), (teacher_query, teacher_key)
