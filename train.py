@@ -72,7 +72,7 @@ def train(run: RunConfig) -> None:
         student, teacher, run = build_models(run, corpus, device)
         at_once = run.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
         sizes = (run.max_length, at_once, run.batch_size)
-        packed = device.type == "cpu" and run.ops == "fused"
+        packed = is_packed(run, device)
         batches = Batches(corpus, *sizes, run.seed, rank(), world_size(), packed)
         held_out = batches.held_out(run.eval_documents)[rank() :: world_size()]
         optimizer = build_optimizer(student, run.weight_decay)
@@ -160,8 +160,8 @@ def update(
     pass_over_unless_finite(optimizer, figures)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if step % 100 == 0:
-        release_freed_memory()  # gaps between tensors of ever new sizes add up
+    if step % (100 if run.ops == "fused" else 10) == 0:
+        release_freed_memory()  # gaps between tensors of ever new sizes add up; packed have few
     return figures
 
 
@@ -213,7 +213,8 @@ def loss_terms(
         teacher_head = (taught.head_output, teacher.decoder, teacher.decoder_bias)
         follow = {i: (taught.queries[j], taught.keys[j]) for i, j in run.attention_pairs}
     learnt = student(**given, dtype=half, follow=follow, map_loss=attention_map_loss)
-    student_head = (learnt.head_output, learnt.decoder, student.decoder_bias)
+    # Not `student.decoder`: of both uses of that matrix there is one gradient (`ops.look_up`).
+    student_head = (learnt.head_output, learnt.word_embeddings, student.decoder_bias)
     attention_sums = [learnt.map_losses[i] for i, _ in run.attention_pairs]
     hidden_sums = []
     if teacher is not None:
@@ -264,6 +265,11 @@ def build_models(
     if teacher is not None:
         teacher.to(device)
     return student, teacher, run
+
+
+def is_packed(run: RunConfig, device: torch.device) -> bool:
+    """Whether micro-batches are packed: for the operations that then compute no padding."""
+    return run.ops == "fused" and device.type == "cpu"
 
 
 def forward_passes(

@@ -14,8 +14,8 @@ its turns, on the same batches, after all others: what compiling takes is none o
 
 Peak memory on a CPU is all that a process has held: Python and its libraries, student, teacher (for
 ours in bfloat16 twice, as in a run, which evaluates with the float32 one), optimiser, and the gaps
-between tensors. Of these ours gives nothing back while it is measured; a run does so every ten
-updates, and its peak, between these, is no higher. On a GPU it is that of tensors alone.
+between tensors. Of these ours gives nothing back while it is measured; a run does so every hundred
+updates. On a GPU it is that of tensors alone.
 
 Needs `pip install -e ".[bench]"`; ours alone `pip install -e .`. Prints a table, then one line of
 JSON.

@@ -123,8 +123,7 @@ def our_side(work: Work, variant: Variant) -> Side:
         assert not teacher.training  # it stays in memory, as in a run, for evaluations
         return train.update(learner, guide, optimizer, batch, next(steps), run)[0]  # the loss
 
-    packed = work.device.type == "cpu" and run.ops == "fused"
-    return work.batches(run.micro_batch_tokens, packed), update
+    return work.batches(run.micro_batch_tokens, train.is_packed(run, work.device)), update
 
 
 def authors_side(work: Work, variant: Variant) -> Side:

@@ -28,7 +28,7 @@ NOBODY: Mapping[int, tuple[Tensor, Tensor]] = MappingProxyType({})  # of `follow
 class EncoderOutput(NamedTuple):
     """What the layers computed."""
 
-    word_embeddings: Tensor  # (V, H): the table that was looked up in, for its other use
+    word_embeddings: Tensor  # (V, H): the weight itself, for its other use (`ops.look_up`)
     embedding_output: Tensor  # (B, S, H)
     hidden_states: tuple[Tensor, ...]  # L of (B, S, H): the output of each layer
     queries: dict[int, Tensor]  # layer -> (B, N, S, D), for the layers named in `keep`
@@ -39,7 +39,7 @@ class EncoderOutput(NamedTuple):
 class MaskedLMOutput(NamedTuple):
     """`EncoderOutput` and what the head made of it."""
 
-    decoder: Tensor  # (V, H): the word embeddings, from the head's output to the vocabulary
+    word_embeddings: Tensor  # (V, H): also the decoder, from head_output to the vocabulary
     embedding_output: Tensor  # (B, S, H)
     hidden_states: tuple[Tensor, ...]  # L of (B, S, H)
     queries: dict[int, Tensor]  # layer -> (B, N, S, D)
@@ -95,20 +95,20 @@ class Embeddings(nn.Module):
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """input_ids (B, S), token_type_ids (B, S) or None for all 0, position_ids (B, S) or None
-        for 0 to S - 1; returns the embeddings (B, S, H) and, for its other use, the table of words
-        (V, H).
+        for 0 to S - 1; returns the embeddings (B, S, H), and those of all words (V, H).
         """
         S = input_ids.shape[1]
         token_types = self.token_type_embeddings.weight[0]  # (H,)
         if token_type_ids is not None:
             token_types = self.token_type_embeddings(token_type_ids)  # (B, S, H)
-        positions = self.position_embeddings.weight[:S]  # (S, H)
-        if position_ids is not None:
+        if position_ids is None:
+            positions = self.position_embeddings.weight[:S]  # (S, H)
+        else:
             positions = self.position_embeddings(position_ids)  # (B, S, H)
-        words, table = ops.look_up(self.word_embeddings.weight, input_ids)  # (B, S, H), (V, H)
-        embeddings = words + (positions + token_types)  # (B, S, H)
+        words, all_words = ops.look_up(self.word_embeddings.weight, input_ids)  # (B, S, H), (V, H)
+        embeddings = self.layer_norm(words + (positions + token_types))  # (B, S, H)
         dropout = self.hidden_dropout if self.training else 0.0
-        return ops.dropout(self.layer_norm(embeddings), dropout), table  # (B, S, H), (V, H)
+        return ops.dropout(embeddings, dropout), all_words  # (B, S, H), (V, H)
 
 
 class EncoderLayer(nn.Module):
@@ -137,7 +137,7 @@ class EncoderLayer(nn.Module):
         followed: tuple[Tensor, Tensor] | None = None,
         map_loss: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """hidden_state (B, S, H), attention_mask (B, S), 1 = real.
+        """hidden_state (B, S, H), attention_mask (B, S) as in `BertModel.encode`.
 
         followed: a teacher's query and key (B, N, S, its D), with which `map_loss` (None:
         `ops.attention_map_loss`) compares. Returns the layer's output (B, S, H), its query and key
@@ -207,13 +207,15 @@ class BertModel(nn.Module):
         embeddings, None for that of the weights; ops: whose operations, `ops.plain` or `ops.fused`;
         follow: for some layers the query and key of the teacher's that they are compared with, by
         `map_loss` (None: `ops.attention_map_loss`). Where a row holds several sequences, the mask
-        is their numbers (`plain.same_sequence`) and position_ids (B, S) each token's place in its
-        own. Raises ValueError where the sequence is longer than the model has positions.
+        has their numbers (`plain.same_sequence`; not on a GPU with `ops.fused`), and position_ids
+        (B, S) is each token's place in its own. Raises ValueError where the sequence is longer than
+        the model has positions, and no position_ids are given.
         """
         S, longest = input_ids.shape[1], self.config.max_position_embeddings
         if position_ids is None and longest < S:
             raise ValueError(f"a sequence of {S} tokens; the model has {longest} positions")
-        embedding_output, table = self.embeddings(input_ids, token_type_ids, ops, position_ids)
+        given = (input_ids, token_type_ids, ops, position_ids)
+        embedding_output, word_embeddings = self.embeddings(*given)  # (B, S, H), (V, H)
         if dtype is not None:
             embedding_output = embedding_output.to(dtype)
         hidden_state = embedding_output
@@ -228,9 +230,8 @@ class BertModel(nn.Module):
                 map_losses[number] = loss
             if number in keep:
                 queries[number], keys[number] = query, key  # (B, N, S, D)
-        return EncoderOutput(
-            table, embedding_output, tuple(hidden_states), queries, keys, map_losses
-        )
+        states = (embedding_output, tuple(hidden_states))
+        return EncoderOutput(word_embeddings, *states, queries, keys, map_losses)
 
     forward = encode
 
@@ -273,7 +274,7 @@ class BertForMaskedLM(BertModel):
         map_loss: Callable[..., Tensor] | None = None,
         position_ids: Tensor | None = None,
     ) -> MaskedLMOutput:
-        """input_ids, attention_mask (1 = real), token_type_ids (B, S); the others as in `encode`.
+        """input_ids, attention_mask, token_type_ids (B, S) and the others as in `encode`.
 
         masked_positions (M,) are indices into the B * S positions, row after row; None is all of
         them. Only there does the head run: 15 % of the positions are 15 % of the work.

@@ -328,6 +328,24 @@ def test_attention_with_dropout(same_dropout, mask, dtype, size):
     assert (our_errors <= formula_errors + PRECISIONS.get(dtype, 1e-12)).all()
 
 
+@pytest.mark.parametrize("upstream", [1.0, 0.7, 1.003e-4])
+def test_a_map_loss_has_its_gradient_scaled_as_it_is(upstream):
+    """Not by a number rounded to bfloat16, which would put all of it off by the same."""
+    generator = torch.Generator().manual_seed(5)
+    query, key, value, *teacher = torch.randn(5, 2, 3, 33, 8, generator=generator).bfloat16()
+    mask = torch.ones(2, 33, dtype=torch.long)
+    gradients = []
+    for weight in (1.0, upstream):
+        parts = [part.clone().requires_grad_() for part in (query, key)]
+        _, loss = fused.attention_and_map_loss(
+            *parts, value, mask, 0.0, *teacher, fused.attention_map_loss
+        )
+        (weight * loss).backward()
+        gradients.append(torch.cat([part.grad.double().flatten() for part in parts]))
+    ratio = (gradients[0] @ gradients[1]) / gradients[0].square().sum()
+    assert abs(ratio / upstream - 1) < 2**-11
+
+
 def with_teacher(loss, teacher, mask, *student):
     return loss(*student, *teacher, mask)
 

@@ -86,18 +86,21 @@ def padded(lengths: list[list[int]], masked: int) -> GlobalBatch:
 
 
 @pytest.mark.parametrize("ops", ["fused", "plain"])
-def test_fused_leaves_padding_out(ops):
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_fused_leaves_padding_out(ops, packed):
     run = run_of("compactbiobert", ops=ops)
     config, _, run = followed(run, TOY)
     teacher = BertForMaskedLM(TOY).requires_grad_(False).eval()
     student = new_student(teacher, run)
     batch = padded([[27, 4, 19], [20, 2]], masked=3)
+    if packed:
+        batch = batch._replace(micro_batches=[each.packed() for each in batch.micro_batches])
     optimizer = build_optimizer(student, run.weight_decay)
     with Ledger({"student": student, "teacher": teacher}).recorded() as ledger:
         train.update(student, teacher, optimizer, batch, 1, run)
     found = closed_form.flops_by_part(ledger.operations)
     assert found == closed_form.step_flops(config, TOY, run, batch.micro_batches)
-    pairs = 3 * 27**2 + 2 * 20**2
+    pairs = 2 * 64**2 if packed else 3 * 27**2 + 2 * 20**2  # 50 and 22 tokens, filled up to 64
     if ops == "fused":  # of each length, rounded up to a multiple of 16
         pairs = (32**2 + 16**2 + 32**2) + (32**2 + 16**2)
     product = 2 * pairs * TOY.hidden_size

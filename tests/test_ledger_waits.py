@@ -13,10 +13,8 @@ from minibert.ledger.record import Operation
 # Operations that on a GPU wait for it, since their value or shape is for Python; words of a line
 # that asked, and why that line is not run on a GPU with Triton.
 WAITS = {
-    ("aten._local_scalar_dense.default", "int(numbers.max())"): "attention, maps' loss on a CPU",
-    ("aten.nonzero.default", "(numbers == number).nonzero()"): "the same",
+    ("aten._local_scalar_dense.default", "for count in numbers.bincount()"): "attention on a CPU",
     ("aten._local_scalar_dense.default", "int(real[0]), int(real[-1])"): "the same",
-    ("aten._local_scalar_dense.default", "loss_upstream.item()"): "the same, in backward",
     ("aten._local_scalar_dense.default", "upstream.is_cuda or upstream != 1"): "asks a CPU alone",
 }
 # Plain formulas pick rows by truth values: how many there are is their results' shape. They are

@@ -130,7 +130,8 @@ def test_the_report_names_the_documents_and_rebuilds_the_batch(toy_run, tmp_path
         train(run)
     content = json.loads((run.out / "nonfinite_step_000005.json").read_text())
     corpus = Corpus.open(run.data)
-    expected = Batches(corpus, run.max_length, batch_size=run.batch_size, seed=run.seed).at(4)
+    sizes = {"batch_size": run.batch_size, "seed": run.seed}
+    expected = Batches(corpus, run.max_length, **sizes, packed=True).at(4)
     assert content["documents"] == [corpus.document_id(number) for number in expected.documents]
     assert "\n" not in content["rebuild"]
     names = {}

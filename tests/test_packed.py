@@ -19,6 +19,7 @@ from minibert.data.batches import (
 )
 from minibert.data.corpus import Corpus
 from minibert.ops import fused, plain
+from minibert.recipes import RECIPES
 
 LENGTHS = [23, 17, 16, 9, 3]
 
@@ -39,7 +40,8 @@ def test_the_same_sequences_stand_in_it(lengths, share):
     num_masked = int(share * sum(lengths))
     padded = padded_batch(lengths, num_masked)
     packed = padded.packed()
-    (ids,), (numbers,), (position_ids,) = packed.input_ids, packed.attention_mask, packed[4]
+    (ids,), (numbers,) = packed.input_ids, packed.attention_mask
+    (position_ids,) = packed.position_ids
     assert len(ids) == len(numbers) == len(position_ids)
     assert len(ids) % TOKEN_STEP == 0 and len(ids) - sum(lengths) < TOKEN_STEP
     assert numbers[sum(lengths) :].eq(0).all()
@@ -47,7 +49,7 @@ def test_the_same_sequences_stand_in_it(lengths, share):
         assert torch.equal(ids[numbers == number], padded.input_ids[number - 1, :length])
         assert torch.equal(position_ids[numbers == number], torch.arange(length))
     # The masked tokens are the same, in the same order, and what is behind them does not count.
-    assert len(packed.labels) % MASKED_STEP == 0 <= MASKED_STEP - len(packed.labels) + num_masked
+    assert len(packed.labels) % MASKED_STEP == 0 and len(packed.labels) - num_masked < MASKED_STEP
     assert torch.equal(packed.labels[:num_masked], padded.labels)
     assert packed.labels[num_masked:].eq(plain.IGNORED_LABEL).all()
     places = packed.masked_positions[:num_masked]
@@ -86,9 +88,27 @@ def world(toy_run):
     return student, teacher, run
 
 
+@pytest.mark.parametrize(("device", "ops"), [("cpu", "fused"), ("cpu", "plain"), ("cuda", "fused")])
+def test_a_run_on_a_cpu_is_packed_where_padding_is_not_computed(toy_run, device, ops):
+    packed = train.is_packed(dataclasses.replace(toy_run, ops=ops), torch.device(device))
+    assert packed == ((device, ops) == ("cpu", "fused"))
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+def test_the_loop_goes_by_it(toy_run, monkeypatch, ops):
+    seen, loss_terms = [], train.loss_terms
+
+    def watched(student, teacher, batch, *rest):
+        seen.append(batch.position_ids is not None and len(batch.input_ids) == 1)
+        return loss_terms(student, teacher, batch, *rest)
+
+    monkeypatch.setattr(train, "loss_terms", watched)
+    train.train(dataclasses.replace(toy_run, ops=ops, steps=2))
+    assert len(seen) > 2 and set(seen) == {ops == "fused"}
+
+
 @pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
 def test_every_token_becomes_what_it_becomes_by_itself(world, ops):
-    """Of each layer; and the padding between two sequences, where there is any, is neither's."""
     student, _, _ = world
     padded = padded_batch(LENGTHS, num_masked=11)
     real = padded.attention_mask.bool()
@@ -104,11 +124,15 @@ def test_every_token_becomes_what_it_becomes_by_itself(world, ops):
 
 
 @pytest.mark.parametrize("ops", ["plain", "fused"])
-@pytest.mark.parametrize("hidden, attention", [("cosine", "kl"), ("mse", "mse")])
+@pytest.mark.parametrize(("hidden", "attention"), [("cosine", "kl"), ("mse", "mse"), (None, None)])
 def test_losses_and_gradients_are_the_same(world, ops, hidden, attention):
+    """Of masked words alone, too."""
     student, teacher, run = world
-    recipe = dataclasses.replace(run.recipe, hidden_loss=hidden, attention_loss=attention)
-    run = dataclasses.replace(run, recipe=recipe)
+    if hidden is None:
+        run, teacher = dataclasses.replace(run, recipe=RECIPES["mlm"], teacher=None), None
+    else:
+        recipe = dataclasses.replace(run.recipe, hidden_loss=hidden, attention_loss=attention)
+        run = dataclasses.replace(run, recipe=recipe)
     padded = padded_batch(LENGTHS, num_masked=11)
     counts = (list(range(len(LENGTHS))), sum(LENGTHS), 11)
     gradients, losses = [], []
@@ -122,6 +146,26 @@ def test_losses_and_gradients_are_the_same(world, ops, hidden, attention):
     torch.testing.assert_close(losses[1], losses[0])
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=name, atol=1e-12, rtol=1e-7)
+
+
+@pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
+def test_a_sequence_may_stand_anywhere_in_its_row(world, ops):
+    """Behind padding, around it, and among the tokens of another."""
+    student, _, _ = world
+    numbers = torch.tensor(
+        [[0, 2, 1, 1, 0, 2, 1, 0, 0, 2, 2, 1], [3, 3, 0, 3, 1, 1, 1, 1, 1, 3, 0, 0]]
+    )
+    input_ids = torch.arange(5, 29).view(2, 12)
+    position_ids = torch.zeros_like(numbers)
+    for row, number in ((0, 1), (0, 2), (1, 1), (1, 3)):
+        own = numbers[row] == number
+        position_ids[row, own] = torch.arange(int(own.sum()))
+    together = student(input_ids, numbers, position_ids=position_ids, ops=ops).hidden_states
+    for row, number in ((0, 1), (0, 2), (1, 1), (1, 3)):
+        own = numbers[row] == number
+        ids = input_ids[row, own][None]
+        for state, alone in zip(together, student(ids, ids > 0).hidden_states, strict=True):
+            torch.testing.assert_close(state[row, own], alone[0])
 
 
 def test_positions_are_looked_up_where_they_are_given(world):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.data.corpus import Corpus
@@ -29,7 +28,7 @@ MASKED_SHARE = 0.15  # of the tokens that are no special ones, each independentl
 REPLACED_BY_MASK = 0.8  # of those: [MASK]; then a random id; the rest stay as they are
 REPLACED_BY_RANDOM = 0.1
 
-TOKEN_STEP, MASKED_STEP = 64, 32  # what a packed micro-batch has multiples of
+TOKEN_STEP, MASKED_STEP = 64, 32  # a packed micro-batch's tokens and labels are multiples
 
 TRAINING, HELD_OUT, ORDER = 0, 1, 2  # separate streams of random numbers
 HELD_OUT_SEED = 0  # not the run's: runs are evaluated on the same masked positions
@@ -53,26 +52,25 @@ class MicroBatch(NamedTuple):
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def packed(self) -> "MicroBatch":
-        """The same sequences one after the other in a single row, without padding between them.
+        """The same sequences one after the other in a single row, without padding between them: B
+        is 1, S their T tokens rounded up.
 
-        Behind the last of T tokens stands padding, behind the last masked position some that do not
+        Behind the last token stands padding, behind the last masked position some that do not
         count, up to multiples of `TOKEN_STEP` and `MASKED_STEP`. For each new size of a product a
         CPU's library makes a kernel: that takes time, and the kernels that are kept lie scattered
         in the memory that the next update needs.
         """
-        real = self.attention_mask.bool()  # (B, S)
-        B, S = real.shape
-        numbers = torch.arange(1, B + 1)[:, None].expand(B, S)[real]  # (T,)
-        position_ids = torch.arange(S).expand(B, S)[real]  # (T,)
-        new_places = real.flatten().cumsum(0) - 1  # (B * S,)
-        more_tokens, more_masked = -len(numbers) % TOKEN_STEP, -len(self.labels) % MASKED_STEP
-        return MicroBatch(
-            input_ids=F.pad(self.input_ids[real], (0, more_tokens))[None],
-            attention_mask=F.pad(numbers, (0, more_tokens))[None],
-            masked_positions=F.pad(new_places[self.masked_positions], (0, more_masked)),
-            labels=F.pad(self.labels, (0, more_masked), value=IGNORED_LABEL),
-            position_ids=F.pad(position_ids, (0, more_tokens))[None],
+        input_ids, attention_mask, masked_positions, labels, _ = self.each(Tensor.numpy)
+        rows, columns = attention_mask.nonzero()  # (T,) each: of the real tokens
+        new_places = attention_mask.cumsum() - 1  # (B * S,): where a token goes to
+        packed = MicroBatch(
+            input_ids=_filled_up(input_ids[rows, columns], TOKEN_STEP)[None],
+            attention_mask=_filled_up(rows + 1, TOKEN_STEP)[None],
+            masked_positions=_filled_up(new_places[masked_positions], MASKED_STEP),
+            labels=_filled_up(labels, MASKED_STEP, IGNORED_LABEL),
+            position_ids=_filled_up(columns, TOKEN_STEP)[None],
         )
+        return packed.each(torch.from_numpy)
 
 
 class GlobalBatch(NamedTuple):
@@ -104,7 +102,7 @@ class Batches:
         corpus: where the tokens are.
         max_length: tokens of a sequence at most, [CLS] and [SEP] included.
         micro_batch_tokens: tokens of a micro-batch at most, padding included (a single sequence
-            may exceed it).
+            may exceed it, and what a packed one is filled up with).
         batch_size: sequences in a global batch.
         seed: of order and masks.
         rank, world_size: of the processes that share each global batch, the one that this is.
@@ -282,6 +280,11 @@ class Batches:
         replaced = np.where(by_mask, self.tokenizer.mask_id, random_ids)
         ids[positions] = np.where(changed, replaced, labels)
         return positions, labels
+
+
+def _filled_up(numbers: np.ndarray, step: int, filler: int = 0) -> np.ndarray:
+    """(n,) and behind it as many of the filler as make n a multiple of `step`."""
+    return np.pad(numbers, (0, -len(numbers) % step), constant_values=filler)
 
 
 def of_all_draws(share: float) -> int:

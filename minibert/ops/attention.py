@@ -1,8 +1,9 @@
 """Fused attention and the losses of its maps: on a CPU one sequence after another.
 
 As in `fused.py`: the maps of a batch are never one tensor, and the gradient of a loss is formed
-with its value. On a GPU with Triton `kernels/` does the same; without, attention is torch's own,
-and a loss goes over several masked sequences at once.
+with its value; where attention and a loss go together, that by the scores. On a GPU with Triton
+`kernels/` does the same; without, attention is torch's own, and a loss goes over several masked
+sequences at once.
 
 Shapes: B batch, S sequence, N heads, D head size; of what is worked on at once b sequences, h
 heads, n tokens of a sequence, m of them rounded up, r rows of a tile.
@@ -38,11 +39,11 @@ def attention(
 ) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
 
-    query, key, value (B, N, S, D); attention_mask (B, S), 1 = real. Returns the context
-    (B, N, S, D). On a CPU one sequence at a time: its padding is not computed (the context there is
-    0), its maps, where it is short, stay in the cache, and one map is kept for backward, B N S^2
-    values in all. torch's own has no lean dropout there, and takes up to twice as long in bfloat16,
-    and in float32 where products are oneDNN's.
+    query, key, value (B, N, S, D); attention_mask (B, S) as in `plain.same_sequence`, on a GPU of 0
+    and 1 alone. Returns the context (B, N, S, D). On a CPU one sequence at a time: its padding is
+    not computed (the context there is 0), its maps, where it is short, stay in the cache, and one
+    map of each, N m^2 values, is kept for backward. torch's own has no lean dropout there, and
+    takes up to twice as long in bfloat16, and in float32 where products are oneDNN's.
     """
     heads = (query, key, value)
     if kernels := _attention_kernels(query):
@@ -123,8 +124,7 @@ class _Attention(Function):
         gradients = query.new_zeros(3, B, S, N, D).transpose(2, 3)  # (3, B, N, S, D)
         scale = 1 / math.sqrt(D)
         sequences = list(_sequences(attention_mask))
-        loss_maps = maps[len(sequences) :]
-        loss_weight = loss_upstream.item() if loss_maps else None
+        loss_maps = maps[len(sequences) :]  # none without a teacher
         for number, (b, real, n) in enumerate(sequences):
             signed = maps[number]  # (N, m, m)
             q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
@@ -140,7 +140,7 @@ class _Attention(Function):
             d_probs[:, :n] -= (precise(d_real) * real_context).sum(-1, keepdim=True)  # (N, n, 1)
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
             if loss_maps:
-                d_scores.add_(loss_maps[number], alpha=loss_weight)
+                d_scores += scaled(loss_maps[number], loss_upstream)
             gradients[0, b][:, real] = (d_scores @ k)[:, :n].mul_(scale)
             gradients[1, b][:, real] = (d_scores.mT @ q)[:, :n].mul_(scale)
         return *gradients, *[None] * 4
@@ -152,11 +152,11 @@ def _sequences(attention_mask: Tensor) -> Iterator[tuple[int, slice | Tensor, in
     That is a slice where they stand side by side.
     """
     for b, numbers in enumerate(attention_mask.long()):  # (S,), as in `plain.same_sequence`
-        for number in range(1, int(numbers.max()) + 1):
-            real = (numbers == number).nonzero().squeeze(1)  # (n,)
+        counts = [int(count) for count in numbers.bincount()]  # read from a CPU alone
+        for real in numbers.argsort(stable=True).split(counts)[1:]:  # (n,); the first: padding
             if n := len(real):
                 first, last = int(real[0]), int(real[-1])
-                yield b, slice(first, last + 1) if last - first < n else real, n
+                yield b, slice(first, last + 1) if last - first == n - 1 else real, n
 
 
 def rounded_up(n: int) -> int:
@@ -165,9 +165,10 @@ def rounded_up(n: int) -> int:
 
 
 def _filled_up(values: Tensor) -> Tensor:
-    """(N, n, D) in memory of its own, with rows of 0 behind: (N, m, D).
+    """(N, n, D), contiguous and with rows of 0 behind: (N, m, D).
 
-    A query of 0 sees all keys alike in both models: so nothing is lost there, and no gradient is.
+    The keys among these rows are hidden. A query of 0 sees the others alike in both models, so that
+    no loss and no gradient comes of it.
     """
     n = values.shape[1]
     missing = rounded_up(n) - n
@@ -288,32 +289,32 @@ def _hidden(scores: Tensor) -> float:
     return torch.finfo(scores.dtype).min / 2
 
 
-# What a loss of maps returns: its sum, (), its dS and the student's map P_s, (..., N, r, n).
+# What a loss of maps returns: its sum, (), its dS and the student's map P_s, (..., r, m).
 OfRows = tuple[Tensor, Tensor, Tensor]
 
 
 def _kl_of_rows(student: Tensor, teacher: Tensor) -> OfRows:
-    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (..., N, r, n) of both,
+    """sum P_t (log P_t - log P_s) and its dS = P_s - P_t, from the scores (..., r, m) of both,
     in whose memory all is made but one map.
     """
     student, teacher = (log2_softmax(scores, out=scores) for scores in (student, teacher))
-    teacher_probs = teacher.exp2()  # (..., N, r, n)
+    teacher_probs = teacher.exp2()  # (..., r, m)
     kl_sum = LN2 * teacher.sub_(student).mul_(teacher_probs).sum()
     student_probs = student.exp2_()
-    difference = torch.sub(student_probs, teacher_probs, out=teacher_probs)  # (..., N, r, n)
+    difference = torch.sub(student_probs, teacher_probs, out=teacher_probs)  # (..., r, m)
     # The second sum is 0 but for the rounding of both softmaxes, which it takes back.
     return kl_sum + difference.sum(), difference, student_probs
 
 
 def _squares_of_rows(student: Tensor, teacher: Tensor) -> OfRows:
     """sum (P_s - P_t)^2 and, with G = 2 (P_s - P_t) its derivative by the map,
-    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (..., N, r, n) of both.
+    dS_ij = P_ij (G_ij - sum_k P_ik G_ik), from the scores (..., r, m) of both.
     """
-    student_probs = student.softmax(-1)  # (..., N, r, n)
-    difference = student_probs - teacher.softmax(-1)  # (..., N, r, n)
+    student_probs = student.softmax(-1)  # (..., r, m)
+    difference = student_probs - teacher.softmax(-1)  # (..., r, m)
     square_sum = difference.square().sum()
-    weighted = difference.mul_(student_probs)  # (..., N, r, n): P G / 2
-    row_sums = weighted.sum(-1, keepdim=True)  # (..., N, r, 1)
+    weighted = difference.mul_(student_probs)  # (..., r, m): P G / 2
+    row_sums = weighted.sum(-1, keepdim=True)  # (..., r, 1)
     d_scores = weighted.addcmul_(student_probs, row_sums, value=-1).mul_(2)
     return square_sum, d_scores, student_probs
 
@@ -333,9 +334,9 @@ def attention_and_map_loss(
 ) -> tuple[Tensor, Tensor]:
     """Attention and a loss of its maps, as `plain.attention_and_map_loss`.
 
-    On a CPU the student's scores are made once for both, and backward has one gradient of them: for
-    it the loss keeps its own, a map more. By Triton the KL costs each of attention's
-    three kernels one product more: the teacher's scores.
+    On a CPU the student's scores are made once for both, and backward has one gradient by them: for
+    that the loss leaves its own, a map more of each sequence. By Triton the KL costs each of
+    attention's three kernels one product more: the teacher's scores.
     """
     given, teacher = (query, key, value, attention_mask, dropout), (teacher_query, teacher_key)
     kernels = _attention_kernels(query)

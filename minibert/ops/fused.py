@@ -3,7 +3,8 @@
 A loss has a derivative that can be written down: it is formed together with the value, tile by
 tile, so that the maps of a batch or all logits are never one tensor, and backward only multiplies
 it by what comes from above. (Triton's kernels of maps and of hidden states form it in backward,
-from sums that the value left.) Each derivative stands beside the statement that computes it.
+from sums that the value left; a loss of maps within a CPU's attention leaves its derivative by the
+scores.) Each derivative stands beside the statement that computes it.
 Products are of the dtype that comes in, sums and exponentials float32 (float64 for float64 inputs).
 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Here they come together:
@@ -48,8 +49,9 @@ __all__ = [
 def look_up(table: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a table and the table, as `plain.look_up`.
 
-    On a CPU the rows' gradient is added to that of the table's other use, in its memory. By
-    themselves there would be two tensors of the table's size, one of them zeros nearly everywhere.
+    On a CPU the rows' gradient is added to that of the table's other use, in its memory: whoever
+    that is must give it away, as `vocabulary_loss` does. By themselves there would be two tensors
+    of the table's size, one of them zeros nearly everywhere.
     """
     return plain.look_up(table, ids) if table.is_cuda else _LookUp.apply(table, ids)
 
@@ -59,21 +61,15 @@ class _LookUp(Function):
 
     @staticmethod
     def forward(ctx, table, ids):
-        ctx.set_materialize_grads(False)  # None where one of the two had no use
         ctx.save_for_backward(ids)
-        ctx.shape = table.shape
-        return embedding(ids, table), table.view_as(table)
+        return embedding(ids, table), table
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows, d_table):
         (ids,) = ctx.saved_tensors
-        if d_rows is None:
-            return d_table, None
-        if d_table is None:
-            d_table = d_rows.new_zeros(ctx.shape)  # (V, H)
-        H = ctx.shape[1]
-        return d_table.contiguous().index_add_(0, ids.flatten(), d_rows.reshape(-1, H)), None
+        rows = d_rows.reshape(-1, d_rows.shape[-1])  # (B S, H)
+        return d_table.contiguous().index_add_(0, ids.flatten(), rows), None
 
 
 def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def attention(
 ) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V, with dropout on the attention probabilities.
 
-    query, key, value (B, N, S, D); attention_mask (B, S), 1 = real; dropout: the probability, 0 at
-    evaluation. Returns the context (B, N, S, D).
+    query, key, value (B, N, S, D); attention_mask (B, S) as in `same_sequence`; dropout: the
+    probability, 0 at evaluation. Returns the context (B, N, S, D).
     """
     attention_probs = attention_scores(query, key, attention_mask).softmax(dim=-1)  # (B, N, S, S)
     attention_probs = F.dropout(attention_probs, dropout).to(value.dtype)
@@ -156,8 +156,9 @@ def attention_map_loss(
 
         kl_sum = sum over heads and real rows i of sum_j P_t[i, j] (log P_t[i, j] - log P_s[i, j])
 
-    queries and keys (B, N, S, D), D may differ between the models; attention_mask (B, S), 1 = real.
-    The maps are those before dropout, through log-softmax: no epsilon. Returns a scalar.
+    queries and keys (B, N, S, D), D may differ between the models; attention_mask (B, S) as in
+    `same_sequence`. The maps are those before dropout, through log-softmax: no epsilon. Returns a
+    scalar.
     """
     student_log_probs = attention_scores(student_query, student_key, attention_mask).log_softmax(-1)
     teacher_log_probs = attention_scores(teacher_query, teacher_key, attention_mask).log_softmax(-1)
@@ -177,10 +178,10 @@ def attention_map_mse(
 
         square_sum = sum over heads and real rows i of sum_j (P_s[i, j] - P_t[i, j])^2
 
-    Arguments as in `attention_map_loss`; the maps are those after softmax, before dropout. Columns
-    of padding are 0 in both. A mean over all elements of the padded maps, as in TinyBERT (Jiao et
-    al., arXiv 1909.10351) and in the authors' script, counts the rows of padding too, which hold
-    whatever padding looks at; here they do not count. Returns a scalar.
+    Arguments as in `attention_map_loss`; the maps are those after softmax, before dropout. Keys
+    that a real token does not see are 0 in both. A mean over all elements of the padded maps, as in
+    TinyBERT (Jiao et al., arXiv 1909.10351) and in the authors' script, counts the rows of padding
+    too, which hold whatever padding looks at; here they do not count. Returns a scalar.
     """
     student_probs = attention_scores(student_query, student_key, attention_mask).softmax(-1)
     teacher_probs = attention_scores(teacher_query, teacher_key, attention_mask).softmax(-1)

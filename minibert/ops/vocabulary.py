@@ -28,7 +28,8 @@ from minibert.ops.tiles import (
 LOGITS_AT_ONCE = 2**25  # elements of a tile of logits: large enough for matrix products
 LOGITS_AT_ONCE_ON_GPU = 2**27
 ALIGNED = 64  # a GPU's matrix units are fed three times as fast by rows of so many elements
-DECODER_AT_ONCE = 3 * 2**19  # elements of a decoder that are rounded, or given a gradient, at once
+# Elements of a decoder that are rounded, or given a gradient, at once: 2,048 rows of 768.
+DECODER_AT_ONCE = 3 * 2**19
 
 
 def vocabulary_loss(

@@ -21,7 +21,7 @@ REBUILD = (
     "from pathlib import Path; from minibert.data.batches import Batches; "
     "from minibert.data.corpus import Corpus; "
     "batch = Batches(Corpus.open(Path({data!r})), max_length={max_length}, "
-    "batch_size={batch_size}, seed={seed}).at({step})"
+    "batch_size={batch_size}, seed={seed}, packed={packed}).at({step})"
 )
 
 
@@ -89,6 +89,7 @@ class NonfiniteWatch:
         run = self.run
         settings = {"data": str(run.data.resolve()), "max_length": run.max_length}
         settings |= {"batch_size": run.batch_size, "seed": run.seed, "step": done - 1}
+        settings["packed"] = self.batches.packed
         content = {
             "step": done,
             "figures": {name: str(value) for name, value in figures.items()},
