@@ -58,11 +58,12 @@ def test_a_process_that_begins_anew_builds_the_same(toy_world):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_not_forked_builds_the_same(toy_world):
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_worker_that_is_not_forked_builds_the_same(toy_world, packed):
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        batches = batches_of(toy_world / "corpus")
+        batches = batches_of(toy_world / "corpus", packed)
         with batches.ahead(range(3), pinned=False) as ahead:
             for step, batch in zip(range(3), ahead, strict=True):
                 assert_same(batch, batches.at(step))
