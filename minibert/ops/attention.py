@@ -137,7 +137,8 @@ class _Attention(Function):
             del d_kept  # a map less at once
             # Of a softmax: dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij), summed up in float32. That sum
             # is dO_i O_i, too; taken off before, it leaves less for the rounding of P to spoil.
-            d_probs[:, :n] -= (precise(d_real) * real_context).sum(-1, keepdim=True)  # (N, n, 1)
+            means = (precise(d_real) * real_context).sum(-1, keepdim=True)  # (N, n, 1)
+            d_probs[:, :n] -= means.to(d_probs.dtype)
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
             if loss_maps:
                 d_scores += scaled(loss_maps[number], loss_upstream)
