@@ -22,6 +22,9 @@ from minibert.ops import fused, plain
 from minibert.recipes import RECIPES
 
 LENGTHS = [23, 17, 16, 9, 3]
+# Sequences that stand anywhere in two rows: behind padding, around it, among another's tokens.
+NUMBERS = torch.tensor([[0, 2, 1, 1, 0, 2, 1, 0, 0, 2, 2, 1], [3, 3, 0, 3, 1, 1, 1, 1, 1, 3, 0, 0]])
+PLACES = [(0, 1), (0, 2), (1, 1), (1, 3)]  # row and number of each
 
 
 def padded_batch(lengths: list[int], num_masked: int, vocab_size: int = 99) -> MicroBatch:
@@ -150,22 +153,35 @@ def test_losses_and_gradients_are_the_same(world, ops, hidden, attention):
 
 @pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
 def test_a_sequence_may_stand_anywhere_in_its_row(world, ops):
-    """Behind padding, around it, and among the tokens of another."""
     student, _, _ = world
-    numbers = torch.tensor(
-        [[0, 2, 1, 1, 0, 2, 1, 0, 0, 2, 2, 1], [3, 3, 0, 3, 1, 1, 1, 1, 1, 3, 0, 0]]
-    )
     input_ids = torch.arange(5, 29).view(2, 12)
-    position_ids = torch.zeros_like(numbers)
-    for row, number in ((0, 1), (0, 2), (1, 1), (1, 3)):
-        own = numbers[row] == number
+    position_ids = torch.zeros_like(NUMBERS)
+    for row, number in PLACES:
+        own = NUMBERS[row] == number
         position_ids[row, own] = torch.arange(int(own.sum()))
-    together = student(input_ids, numbers, position_ids=position_ids, ops=ops).hidden_states
-    for row, number in ((0, 1), (0, 2), (1, 1), (1, 3)):
-        own = numbers[row] == number
+    together = student(input_ids, NUMBERS, position_ids=position_ids, ops=ops).hidden_states
+    for row, number in PLACES:
+        own = NUMBERS[row] == number
         ids = input_ids[row, own][None]
         for state, alone in zip(together, student(ids, ids > 0).hidden_states, strict=True):
             torch.testing.assert_close(state[row, own], alone[0])
+
+
+@pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", ["attention_map_loss", "attention_map_mse"])
+def test_a_loss_of_maps_is_the_sum_of_the_sequences(ops, name):
+    generator = torch.Generator().manual_seed(6)
+    parts = torch.randn(4, 2, 3, 12, 5, dtype=torch.float64, generator=generator)
+    student, teacher = parts[:2].requires_grad_(), parts[2:].detach()
+    together = getattr(ops, name)(*student, *teacher, NUMBERS)
+    alone = 0.0
+    for row, number in PLACES:
+        own = (NUMBERS[row] == number).nonzero().squeeze(1)
+        maps = [part[row, :, own][None] for part in (*student, *teacher)]
+        alone = alone + getattr(plain, name)(*maps, torch.ones(1, len(own)))
+    torch.testing.assert_close(together, alone)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (together, alone)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_positions_are_looked_up_where_they_are_given(world):
