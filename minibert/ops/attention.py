@@ -234,9 +234,9 @@ class _AttentionMapLoss(Function):
             b, _, n, _ = query.shape
             d_query, d_key = torch.empty_like(query), torch.zeros_like(student[1])
             for rows in tiles(n, b * N * n, in_cache(key, times=4)):
-                scores = [_scores(q[:, :, rows], k) for q, k in (student, teacher)]  # (b, N, r, n)
+                scores = (_scores(q[:, :, rows], k) for q, k in (student, teacher))  # (b, N, r, n)
                 if padding is not None:
-                    scores = [each.masked_fill_(padding, _hidden(each)) for each in scores]
+                    scores = (each.masked_fill_(padding, _hidden(each)) for each in scores)
                 rows_loss, d_scores, _ = loss_of_rows(*scores)  # (), (b, N, r, n) twice
                 loss_sum += rows_loss
                 d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
