@@ -160,8 +160,9 @@ def update(
     pass_over_unless_finite(optimizer, figures)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    # Gaps between tensors of ever new sizes add up; packed micro-batches come in few sizes.
     if step % (100 if run.ops == "fused" else 10) == 0:
-        release_freed_memory()  # gaps between tensors of ever new sizes add up; packed have few
+        release_freed_memory()
     return figures
 
 

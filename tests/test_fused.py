@@ -425,3 +425,22 @@ def test_a_seed_gives_the_same_dropout_again_and_another_does_not():
         masks.append(fused.dropout(values, 0.5))
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+def one_gradient_of(ops, table: Tensor, ids: Tensor, use: str) -> Tensor:
+    """Of a look-up and of the table's other use, or of one of them."""
+    rows, again = ops.look_up(table, ids)
+    generator = torch.Generator().manual_seed(4)
+    of_rows = (rows * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)).sum()
+    of_table = (again * torch.randn(again.shape, generator=generator, dtype=rows.dtype)).sum()
+    loss = {"rows": of_rows, "table": of_table, "sum": again.sum(), "both": of_rows + of_table}[use]
+    (gradient,) = torch.autograd.grad(loss, table)
+    return gradient
+
+
+@pytest.mark.parametrize("use", ["rows", "table", "sum", "both"])
+def test_a_table_used_twice_has_one_gradient(use):
+    table = torch.randn(31, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(31, (3, 20))  # some of them more than once
+    expected = one_gradient_of(plain, table, ids, use)
+    torch.testing.assert_close(one_gradient_of(fused, table, ids, use), expected)

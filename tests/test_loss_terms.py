@@ -7,11 +7,11 @@ import dataclasses
 
 import pytest
 import torch
+from loop_toys import in_float64
 from torch import nn
 
 import train
 from minibert.data.batches import GlobalBatch, MicroBatch
-from minibert.data.corpus import Corpus
 from minibert.ops import plain
 from minibert.run_config import RunConfig
 
@@ -22,15 +22,7 @@ LENGTHS = torch.tensor([19, 3, 11, 7, 2, 15])
 @pytest.fixture(params=["plain", "fused"])
 def world(toy_run, request):
     """Student (4 -> 2 layers, perturbed), teacher and settings, all in float64, dropout off."""
-    corpus = Corpus.open(toy_run.data)
-    toy_run = dataclasses.replace(toy_run, ops=request.param)
-    student, teacher, run = train.build_models(toy_run, corpus, torch.device("cpu"))
-    student, teacher = student.double().eval(), teacher.double()
-    torch.manual_seed(8)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return student, teacher, run
+    return in_float64(dataclasses.replace(toy_run, ops=request.param))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from batch_toys import corpus_of, same, tokenizer_of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from loop_toys import in_float64
 
 import train
 from minibert.data.batches import (
@@ -17,7 +17,6 @@ from minibert.data.batches import (
     GlobalBatch,
     MicroBatch,
 )
-from minibert.data.corpus import Corpus
 from minibert.ops import fused, plain
 from minibert.recipes import RECIPES
 
@@ -62,7 +61,7 @@ def test_the_same_sequences_stand_in_it(lengths, share):
     assert torch.equal(position_ids[places], padded.masked_positions % S)
 
 
-def test_a_run_asks_for_it_and_an_evaluation_does_not(tmp_path):
+def test_batches_of_steps_are_packed_and_held_out_ones_are_not(tmp_path):
     generator = torch.Generator().manual_seed(3)
     texts = [torch.randint(5, 60, (n,), generator=generator).tolist() for n in (9, 30, 4, 21, 13)]
     corpus = corpus_of(tokenizer_of(tmp_path, 55), texts, held_out=1)
@@ -81,14 +80,7 @@ def test_a_run_asks_for_it_and_an_evaluation_does_not(tmp_path):
 @pytest.fixture
 def world(toy_run):
     """Student, teacher and settings, in float64, dropout off."""
-    corpus = Corpus.open(toy_run.data)
-    student, teacher, run = train.build_models(toy_run, corpus, torch.device("cpu"))
-    student, teacher = student.double().eval(), teacher.double()
-    torch.manual_seed(8)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return student, teacher, run
+    return in_float64(toy_run)
 
 
 @pytest.mark.parametrize(("device", "ops"), [("cpu", "fused"), ("cpu", "plain"), ("cuda", "fused")])
@@ -196,22 +188,3 @@ def test_positions_are_looked_up_where_they_are_given(world):
         student(ids, mask)
     with pytest.raises(IndexError):
         student(ids, mask, position_ids=positions + 3)
-
-
-def one_gradient_of(ops, table: Tensor, ids: Tensor, use: str) -> Tensor:
-    """Of a look-up and of the table's other use, or of one of them."""
-    rows, again = ops.look_up(table, ids)
-    generator = torch.Generator().manual_seed(4)
-    of_rows = (rows * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)).sum()
-    of_table = (again * torch.randn(again.shape, generator=generator, dtype=rows.dtype)).sum()
-    loss = {"rows": of_rows, "table": of_table, "sum": again.sum(), "both": of_rows + of_table}[use]
-    (gradient,) = torch.autograd.grad(loss, table)
-    return gradient
-
-
-@pytest.mark.parametrize("use", ["rows", "table", "sum", "both"])
-def test_a_table_used_twice_has_one_gradient(use):
-    table = torch.randn(31, 7, dtype=torch.float64, requires_grad=True)
-    ids = torch.randint(31, (3, 20))  # some of them more than once
-    expected = one_gradient_of(plain, table, ids, use)
-    torch.testing.assert_close(one_gradient_of(fused, table, ids, use), expected)

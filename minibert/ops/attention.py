@@ -168,7 +168,7 @@ def rounded_up(n: int) -> int:
 def _filled_up(values: Tensor) -> Tensor:
     """(N, n, D), contiguous and with rows of 0 behind: (N, m, D).
 
-    The keys among these rows are hidden. A query of 0 sees the others alike in both models, so that
+    The keys among these rows are masked. A query of 0 sees the others alike in both models, so that
     no loss and no gradient comes of it.
     """
     n = values.shape[1]
@@ -236,7 +236,7 @@ class _AttentionMapLoss(Function):
             for rows in tiles(n, b * N * n, in_cache(key, times=4)):
                 scores = (_scores(q[:, :, rows], k) for q, k in (student, teacher))  # (b, N, r, n)
                 if padding is not None:
-                    scores = (each.masked_fill_(padding, _hidden(each)) for each in scores)
+                    scores = (each.masked_fill_(padding, _masked_score(each)) for each in scores)
                 rows_loss, d_scores, _ = loss_of_rows(*scores)  # (), (b, N, r, n) twice
                 loss_sum += rows_loss
                 d_scores = d_scores.to(gradients.dtype)  # subtracted before it is rounded
@@ -279,11 +279,11 @@ def _scores(query: Tensor, key: Tensor, n: int | None = None) -> Tensor:
     """
     scores = (query / math.sqrt(query.shape[-1])) @ key.mT
     if n is not None:
-        scores[..., n:].fill_(_hidden(scores))
+        scores[..., n:].fill_(_masked_score(scores))
     return scores
 
 
-def _hidden(scores: Tensor) -> float:
+def _masked_score(scores: Tensor) -> float:
     """The score of a key that is not to be seen: half of the lowest number there is, so that the
     logarithm of its probability is finite to the base 2 too.
     """

@@ -14,9 +14,9 @@ on a GPU from `projections.py`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
-from torch.nn.functional import embedding
 
 from minibert.ops import plain
 from minibert.ops.attention import (
@@ -62,7 +62,7 @@ class _LookUp(Function):
     @staticmethod
     def forward(ctx, table, ids):
         ctx.save_for_backward(ids)
-        return embedding(ids, table), table
+        return F.embedding(ids, table), table
 
     @staticmethod
     @once_differentiable
