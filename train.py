@@ -29,12 +29,14 @@ from minibert.files import sha256_of_files
 from minibert.folder import CONFIG, WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
+from minibert.ops.prepacked import prepack
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
 from minibert.run_config import RunConfig
 from minibert.student import Student, layers_to_follow, new_student, without_projection
 from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
 from minibert.training.device import (
     MICRO_BATCH_TOKENS,
+    RELEASE_MEMORY_EVERY,
     device_type,
     out_of_memory_is_told,
     release_freed_memory,
@@ -160,8 +162,7 @@ def update(
     pass_over_unless_finite(optimizer, figures)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    # Gaps between tensors of ever new sizes add up; packed micro-batches come in few sizes.
-    if step % (100 if run.ops == "fused" else 10) == 0:
+    if step % RELEASE_MEMORY_EVERY[run.ops] == 0:
         release_freed_memory()
     return figures
 
@@ -278,14 +279,16 @@ def forward_passes(
 ) -> tuple[Student, BertForMaskedLM | None]:
     """Student and teacher as the steps run them; evaluations take the models themselves.
 
-    The steps' teacher has its weights in the run's dtype, so that they are rounded once. MLM alone
-    does not wait for a teacher.
+    The steps' teacher has its weights in the run's dtype, so that they are rounded once, and on a
+    CPU laid out as products read them. MLM alone does not wait for a teacher.
     """
     learner, guide = student, None
     if run.follows_teacher:
         guide = teacher
         if run.dtype == "bfloat16":
             guide = copy.deepcopy(teacher).to(torch.bfloat16)
+            if run.ops == "fused" and not run.compile:
+                prepack(guide)
     if run.compile:  # twice: for the sizes of the first batch, then for any
         learner = torch.compile(learner)
         guide = None if guide is None else torch.compile(guide)

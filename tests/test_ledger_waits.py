@@ -15,6 +15,7 @@ from minibert.ledger.record import Operation
 WAITS = {
     ("aten._local_scalar_dense.default", "for count in numbers.bincount()"): "attention on a CPU",
     ("aten._local_scalar_dense.default", "int(real[0]), int(real[-1])"): "the same",
+    ("aten._local_scalar_dense.default", "float(loss_upstream)"): "the same",
     ("aten._local_scalar_dense.default", "upstream.is_cuda or upstream != 1"): "asks a CPU alone",
 }
 # Plain formulas pick rows by truth values: how many there are is their results' shape. They are

@@ -67,8 +67,12 @@ class Made(TorchDispatchMode):
 
 
 def storages_and_shapes(values: Any) -> list[tuple[int, tuple[int, ...]]]:
-    """Where the memory of each tensor among the values lies, and the tensor's shape."""
+    """Where the memory of each tensor among the values lies, and the tensor's shape.
+
+    But for weights that oneDNN has laid out: they do not tell where.
+    """
     parts = [part for part in tree_leaves(values) if isinstance(part, Tensor)]
+    parts = [part for part in parts if not part.is_mkldnn]
     return [(part.untyped_storage().data_ptr(), tuple(part.shape)) for part in parts]
 
 

@@ -32,6 +32,7 @@ FIRST = (  # in README's order; the others follow by name
     "minibert/ops/vocabulary.py",
     "minibert/ops/hidden_states.py",
     "minibert/ops/tiles.py",
+    "minibert/ops/prepacked.py",
     "minibert/ops/projections.py",
     "minibert/ops/kernels/attention_maps.py",
     "minibert/ops/kernels/attention_forward.py",

@@ -68,7 +68,8 @@ def _attention_without_backward(
     B, N, S, D = query.shape
     context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
     for b, real, n in _sequences(attention_mask):
-        q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
+        q, k = (_filled_up(part[b][:, real], float32=True) for part in (query, key))  # (N, m, D)
+        v = _filled_up(value[b][:, real])  # (N, m, D)
         m = q.shape[1]
         for heads in tiles(N, m * m, in_cache(q, times=4)):
             probs = _probs(q[heads], k[heads], n).to(v.dtype)  # (h, m, m)
@@ -77,8 +78,8 @@ def _attention_without_backward(
 
 
 def _probs(query: Tensor, key: Tensor, n: int) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) of some heads, (h, m, m) in float32, in the scores' own memory."""
-    scores = _scores(precise(query), precise(key), n)
+    """softmax(Q K^T / sqrt(D)) of some heads, (h, m, m), in the scores' own memory."""
+    scores = _scores(query, key, n)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -97,15 +98,16 @@ class _Attention(Function):
         context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
         loss_sum = None if teacher is None else query.new_zeros((), dtype=precise_dtype(query))
         for b, real, n in _sequences(attention_mask):
-            q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
+            q, k = (_filled_up(part[b][:, real], float32=True) for part in (query, key))
+            v = _filled_up(value[b][:, real])  # (N, m, D), as q and k
             if teacher is None:
                 probs = _probs(q, k, n)  # (N, m, m)
             else:
-                guides = (precise(_filled_up(part[b][:, real])) for part in teacher)  # (N, m, D')
-                scores = _scores(precise(q), precise(k), n), _scores(*guides, n)
+                guides = (_filled_up(part[b][:, real], float32=True) for part in teacher)
+                scores = _scores(q, k, n), _scores(*guides, n)  # (N, m, m) each
                 rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, m, m) twice
                 loss_sum += rows_loss
-                loss_maps.append(d_scores.to(q.dtype))
+                loss_maps.append(d_scores.to(v.dtype))
             probs = kept_probs = probs.to(v.dtype)
             if dropout > 0:
                 kept, ctx.scale = kept_values(probs.shape, dropout, probs.dtype)
@@ -125,6 +127,7 @@ class _Attention(Function):
         scale = 1 / math.sqrt(D)
         sequences = list(_sequences(attention_mask))
         loss_maps = maps[len(sequences) :]  # none without a teacher
+        loss_weight = float(loss_upstream) if loss_maps else 0.0
         for number, (b, real, n) in enumerate(sequences):
             signed = maps[number]  # (N, m, m)
             q, k, v = (_filled_up(part[b][:, real]) for part in (query, key, value))  # (N, m, D)
@@ -140,8 +143,8 @@ class _Attention(Function):
             means = (precise(d_real) * real_context).sum(-1, keepdim=True)  # (N, n, 1)
             d_probs[:, :n] -= means.to(d_probs.dtype)
             d_scores = torch._softmax_backward_data(d_probs, signed.abs(), -1, signed.dtype)
-            if loss_maps:
-                d_scores += scaled(loss_maps[number], loss_upstream)
+            if loss_maps:  # not by add, which would round the factor to the maps' dtype
+                d_scores.addcmul_(loss_maps[number], d_scores.new_ones(1), value=loss_weight)
             gradients[0, b][:, real] = (d_scores @ k)[:, :n].mul_(scale)
             gradients[1, b][:, real] = (d_scores.mT @ q)[:, :n].mul_(scale)
         return *gradients, *[None] * 4
@@ -165,15 +168,21 @@ def rounded_up(n: int) -> int:
     return n + -n % LENGTH_STEP
 
 
-def _filled_up(values: Tensor) -> Tensor:
-    """(N, n, D), contiguous and with rows of 0 behind: (N, m, D).
+def _filled_up(values: Tensor, float32: bool = False) -> Tensor:
+    """(N, n, D), contiguous and with rows of 0 behind: (N, m, D); `float32`: or better, as
+    `precise` has it.
 
     The keys among these rows are masked. A query of 0 sees the others alike in both models, so that
     no loss and no gradient comes of it.
     """
-    n = values.shape[1]
-    missing = rounded_up(n) - n
-    return F.pad(values, (0, 0, 0, missing)) if missing else values.contiguous()
+    N, n, D = values.shape
+    dtype = precise_dtype(values) if float32 else values.dtype
+    m = rounded_up(n)
+    filled = values.new_empty(N, m, D, dtype=dtype)
+    filled[:, :n] = values
+    if n < m:
+        filled[:, n:].zero_()
+    return filled
 
 
 def attention_map_loss(

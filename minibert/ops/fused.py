@@ -9,8 +9,8 @@ Products are of the dtype that comes in, sums and exponentials float32 (float64 
 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Here they come together:
 attention and the losses of its maps from `attention.py`, `dropout.py`, the losses of hidden states
-from `hidden_states.py`, those over the vocabulary from `vocabulary.py`, and what joins linear maps
-on a GPU from `projections.py`.
+from `hidden_states.py`, those over the vocabulary from `vocabulary.py`, and linear maps from
+`projections.py` on a GPU, and for a frozen teacher on a CPU from `prepacked.py`.
 """
 
 import torch
@@ -27,6 +27,7 @@ from minibert.ops.attention import (
 )
 from minibert.ops.dropout import dropout
 from minibert.ops.hidden_states import hidden_state_loss, hidden_state_mse
+from minibert.ops.prepacked import prepacked_linear
 from minibert.ops.tiles import kernels_for
 from minibert.ops.vocabulary import vocabulary_loss
 
@@ -40,6 +41,7 @@ __all__ = [
     "hidden_state_loss",
     "hidden_state_mse",
     "linear",
+    "linear_gelu",
     "look_up",
     "projections",
     "vocabulary_loss",
@@ -77,11 +79,21 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return projections(values, (weight, bias))[0]
 
 
+def linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x W^T + b), as `plain.linear_gelu`."""
+    if weight.is_mkldnn:
+        return prepacked_linear(values, weight, bias, gelu=True)
+    return F.gelu(linear(values, weight, bias))
+
+
 def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Several linear maps of the same values, as `plain.projections`.
 
-    Half precisions on a GPU are multiplied by all weights in one product.
+    Half precisions on a GPU are multiplied by all weights in one product. On a CPU weights may be
+    those of `prepacked.py`.
     """
+    if linears[0][0].is_mkldnn:
+        return tuple(prepacked_linear(values, weight, bias) for weight, bias in linears)
     if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
         from minibert.ops.projections import joint_projections
 

@@ -75,6 +75,13 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(values, weight.to(values.dtype), bias.to(values.dtype))
 
 
+def linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x W^T + b), as in `linear`; GELU by the error function (Hendrycks and Gimpel, arXiv
+    1606.08415): x times the probability that a standard normal number is below x.
+    """
+    return F.gelu(linear(values, weight, bias))
+
+
 def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Several linear maps of the same values: weight and bias of each, as in `linear`."""
     return tuple(linear(values, weight, bias) for weight, bias in linears)

@@ -13,6 +13,10 @@ from minibert.errors import InputError
 # waits for its next launch where there are few.
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 49_152}
 
+# After how many updates freed memory is given back, by the run's operations: gaps between tensors
+# of ever new sizes add up, and packed micro-batches come in few sizes.
+RELEASE_MEMORY_EVERY = {"fused": 100, "plain": 10}
+
 
 def device_type(name: str) -> str:
     """`cpu` or `cuda`; `auto` is the GPU where there is one."""
