@@ -29,7 +29,7 @@ from minibert.files import sha256_of_files
 from minibert.folder import CONFIG, WEIGHTS, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
-from minibert.ops.prepacked import prepack
+from minibert.ops.frozen import freeze
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
 from minibert.run_config import RunConfig
 from minibert.student import Student, layers_to_follow, new_student, without_projection
@@ -279,16 +279,16 @@ def forward_passes(
 ) -> tuple[Student, BertForMaskedLM | None]:
     """Student and teacher as the steps run them; evaluations take the models themselves.
 
-    The steps' teacher has its weights in the run's dtype, so that they are rounded once, and on a
-    CPU laid out as products read them. MLM alone does not wait for a teacher.
+    The steps' teacher has its weights in the run's dtype, so that they are rounded once. MLM alone
+    does not wait for a teacher.
     """
     learner, guide = student, None
     if run.follows_teacher:
         guide = teacher
         if run.dtype == "bfloat16":
             guide = copy.deepcopy(teacher).to(torch.bfloat16)
-            if run.ops == "fused" and not run.compile:
-                prepack(guide)
+        if run.ops == "fused" and not run.compile:
+            freeze(guide)
     if run.compile:  # twice: for the sizes of the first batch, then for any
         learner = torch.compile(learner)
         guide = None if guide is None else torch.compile(guide)

@@ -49,12 +49,11 @@ class MaskedLMOutput(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """x W^T + b, or its GELU, with weight and bias rounded to the dtype of x."""
+    """x W^T + b, with weight and bias rounded to the dtype of x."""
 
-    def forward(self, values: Tensor, ops: ModuleType = plain, gelu: bool = False) -> Tensor:
+    def forward(self, values: Tensor, ops: ModuleType = plain) -> Tensor:
         """values (..., in); returns (..., out)."""
-        linear = ops.linear_gelu if gelu else ops.linear
-        return linear(values, self.weight, self.bias)
+        return ops.linear(values, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -164,8 +163,8 @@ class EncoderLayer(nn.Module):
         context = self.attention_output(context, ops)  # (B, S, H)
         hidden_state = self.attention_layer_norm(hidden_state, context, hidden_dropout, ops)
 
-        intermediate = self.intermediate(hidden_state, ops, gelu=True)  # (B, S, I)
-        output = self.output(intermediate, ops)  # (B, S, H)
+        inner, outer = ((each.weight, each.bias) for each in (self.intermediate, self.output))
+        output = ops.feed_forward(hidden_state, inner, outer)  # (B, S, H)
         hidden_state = self.output_layer_norm(hidden_state, output, hidden_dropout, ops)
         return hidden_state, query, key, loss  # (B, S, H), (B, N, S, D) twice, ()
 
@@ -251,7 +250,7 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden_rows: Tensor, ops: ModuleType = plain) -> Tensor:
         """hidden_rows (M, H); returns (M, H)."""
-        return self.layer_norm(self.dense(hidden_rows, ops, gelu=True))
+        return self.layer_norm(F.gelu(self.dense(hidden_rows, ops)))
 
 
 class BertForMaskedLM(BertModel):

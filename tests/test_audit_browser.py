@@ -43,8 +43,8 @@ def line_of(file: str, code: str) -> str:
     return f"{file}:{number}"
 
 
-# A call of a module, and an operation of its own:
-LINE = line_of("minibert/model.py", "intermediate = self.intermediate(")
+# Both products of a feed-forward network, and what stands between them:
+LINE = line_of("minibert/model.py", "output = ops.feed_forward(")
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_click_on_a_line_shows_its_operations(opened, page, size):
     assert sum(int(text.removeprefix("×")) for text in told) == len(there)
     assert calls(shown.row(LINE)) == len(there)
     assert "gelu.default" in details.text
-    assert "teacher.layers.0–3.intermediate" in details.text
+    assert "teacher.layers.0–3" in details.text
     assert "(2, 16, 24)" in details.text
     assert (
         shown.row(LINE).find_element(By.TAG_NAME, "button").get_attribute("aria-expanded") == "true"

@@ -1,6 +1,6 @@
-"""Linear maps, "add & norm", and attention with the loss of its maps, plain and fused.
+"""Linear maps, the feed-forward network, "add & norm", and attention with the loss of its maps.
 
-Against torch's own modules, and hand-written derivatives against autograd's.
+Plain and fused: against torch's own modules, and hand-written derivatives against autograd's.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from minibert.model import BertModel
 from minibert.ops import fused, plain
 from minibert.ops.projections import joint_projections
 
-B, S, N, D, H = 3, 13, 2, 5, 10
+B, S, N, D, H, I = 3, 13, 2, 5, 10, 17
 WIDTHS = (7, 4, 9)  # of three linear maps
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -80,6 +80,43 @@ def test_one_product_for_all_has_the_gradients_of_each(number, dtype):
         assert errors[1] <= errors[0] + rounding
         if found.dtype == torch.float32:
             assert errors[1] < 1e-3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("ops", [plain, fused])
+def test_feed_forward_learns_as_torchs(ops, dtype):
+    """Two linear maps with GELU between; weights of half precisions are float32."""
+    of_weights = torch.float32 if dtype in HALVES else dtype
+    shapes = [(I, H), (I,), (H, I), (H,)]
+    parameters = [normal(*shapes[i], seed=60 + i, dtype=of_weights) for i in range(4)]
+    inputs = [normal(B, S, H, seed=1, dtype=dtype), *parameters]
+
+    def ours(values, *parameters):
+        return ops.feed_forward(values, parameters[:2], parameters[2:])
+
+    def torchs(values, *parameters):
+        inner, outer = (nn.Linear(*sizes, dtype=values.dtype) for sizes in ((H, I), (I, H)))
+        names = ["0.weight", "0.bias", "2.weight", "2.bias"]
+        both = nn.Sequential(inner, nn.GELU(), outer)
+        rounded = [part.to(values.dtype) for part in parameters]
+        return torch.func.functional_call(both, dict(zip(names, rounded, strict=True)), values)
+
+    truths = outcome(torchs, [part.to(dtype).double() for part in inputs], dtype)
+    theirs, found = (outcome(f, inputs, dtype) for f in (torchs, ours))
+    for truth, their, value in zip(truths, theirs, found, strict=True):
+        assert value.dtype == their.dtype and value.shape == their.shape
+        errors = [(each.double() - truth).norm() / truth.norm() for each in (their, value)]
+        assert errors[1] <= errors[0] + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("ops", "kept"), [(plain, 2), (fused, 1)])
+def test_of_feed_forwards_two_largest_tensors_one_is_kept(ops, kept):
+    sizes = []
+    pairs = [(normal(I, H, seed=1), normal(I, seed=2)), (normal(H, I, seed=3), normal(H, seed=4))]
+    values = normal(B, S, H, seed=5).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, id):
+        ops.feed_forward(values, *([part.requires_grad_() for part in pair] for pair in pairs))
+    assert sizes.count(B * S * I) == kept
 
 
 @pytest.mark.parametrize("ops", [plain, fused])

@@ -91,12 +91,12 @@ def check_products(operations: list[Operation], shape: tuple[int, int], times: i
 @pytest.mark.parametrize("ops", ["fused", "plain"])
 @pytest.mark.parametrize("recipe", EVERY_RECIPE)
 def test_each_weight_has_its_products_in_its_module(recipe, ops):
-    """But for those that are multiplied in one go, by their layer."""
+    """But for those of operations that have several, by their layer."""
     run, ledger = run_of(recipe, ops=ops), toy_ledger(recipe, ops)
     levels = len(run.recipe.student and run.recipe.hidden_pairs((1, 3)))  # uses of the projection
     for name, shape in matrices(ledger).items():
         here = [o for o in ledger.operations if o.module == name and o.flops]
-        if name.endswith((".query", ".key", ".value")):
+        if name.endswith((".query", ".key", ".value", ".intermediate", ".output")):
             assert here == []
         else:
             times = 3 * (levels if name.endswith("projection") else 1)  # micro-batches
@@ -119,7 +119,32 @@ def test_query_key_and_value_have_their_products_in_their_layer(recipe, ops):
         for operation in here:
             if operation not in projections:
                 within = operation.function == "_Attention"
-                assert within or asked_in(operation, "ops.attention")
+                assert within or asked_in(operation, "ops.attention") or of_feed_forward(operation)
+
+
+def of_feed_forward(operation: Operation) -> bool:
+    """In backward within its function, where it is one."""
+    within = operation.function == "GeluThenLinear"
+    return within or asked_in(operation, "ops.feed_forward(hidden_state, inner, outer)")
+
+
+@pytest.mark.parametrize("ops", ["fused", "plain"])
+@pytest.mark.parametrize("recipe", EVERY_RECIPE)
+def test_the_feed_forward_network_has_its_products_in_its_layer(recipe, ops):
+    ledger = toy_ledger(recipe, ops)
+    weights = matrices(ledger)
+    for name in weights:
+        if not name.endswith(".intermediate"):
+            continue
+        layer = name.removesuffix(".intermediate")
+        shapes = [weights[f"{layer}.{which}"] for which in ("intermediate", "output")]
+        here = [o for o in ledger.operations if o.module == layer and o.flops]
+        here = [o for o in here if of_feed_forward(o)]
+        forward = [o for o in here if o.phase == STUDENT]
+        assert [o.inputs[-1][0] for o in forward] == 3 * [shape[::-1] for shape in shapes]
+        made = [o.outputs[0][0] for o in here if o.phase == BACKWARD]
+        assert all(made.count(shape) == 3 for shape in shapes)  # micro-batches
+        assert len(made) == 12 and len(here) == 18
 
 
 def test_phases_come_in_their_order():

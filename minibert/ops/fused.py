@@ -10,7 +10,7 @@ Products are of the dtype that comes in, sums and exponentials float32 (float64 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Here they come together:
 attention and the losses of its maps from `attention.py`, `dropout.py`, the losses of hidden states
 from `hidden_states.py`, those over the vocabulary from `vocabulary.py`, and linear maps from
-`projections.py` on a GPU, and for a frozen teacher on a CPU from `prepacked.py`.
+`projections.py` on a GPU, and on a CPU from `feed_forward.py` and for a frozen model `frozen.py`.
 """
 
 import torch
@@ -26,8 +26,9 @@ from minibert.ops.attention import (
     attention_map_mse,
 )
 from minibert.ops.dropout import dropout
+from minibert.ops.feed_forward import GeluThenLinear
+from minibert.ops.frozen import FrozenWeight, frozen_linear
 from minibert.ops.hidden_states import hidden_state_loss, hidden_state_mse
-from minibert.ops.prepacked import prepacked_linear
 from minibert.ops.tiles import kernels_for
 from minibert.ops.vocabulary import vocabulary_loss
 
@@ -38,10 +39,10 @@ __all__ = [
     "attention_map_loss",
     "attention_map_mse",
     "dropout",
+    "feed_forward",
     "hidden_state_loss",
     "hidden_state_mse",
     "linear",
-    "linear_gelu",
     "look_up",
     "projections",
     "vocabulary_loss",
@@ -79,21 +80,29 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return projections(values, (weight, bias))[0]
 
 
-def linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x W^T + b), as `plain.linear_gelu`."""
-    if weight.is_mkldnn:
-        return prepacked_linear(values, weight, bias, gelu=True)
-    return F.gelu(linear(values, weight, bias))
+def feed_forward(
+    values: Tensor, inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]
+) -> Tensor:
+    """GELU(x W_1^T + b_1) W_2^T + b_2, as `plain.feed_forward`.
+
+    On a CPU GELU's result is not kept for backward.
+    """
+    if isinstance(inner[0], FrozenWeight):
+        return linear(frozen_linear(values, *inner, gelu=True), *outer)
+    intermediate = linear(values, *inner)  # (..., I)
+    if values.is_cuda:
+        return linear(F.gelu(intermediate), *outer)
+    return GeluThenLinear.apply(intermediate, *outer)
 
 
 def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Several linear maps of the same values, as `plain.projections`.
 
-    Half precisions on a GPU are multiplied by all weights in one product. On a CPU weights may be
-    those of `prepacked.py`.
+    Half precisions on a GPU are multiplied by all weights in one product. On a CPU the weights may
+    be those of a frozen model.
     """
-    if linears[0][0].is_mkldnn:
-        return tuple(prepacked_linear(values, weight, bias) for weight, bias in linears)
+    if isinstance(linears[0][0], FrozenWeight):
+        return tuple(frozen_linear(values, weight, bias) for weight, bias in linears)
     if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
         from minibert.ops.projections import joint_projections
 

@@ -75,11 +75,16 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(values, weight.to(values.dtype), bias.to(values.dtype))
 
 
-def linear_gelu(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x W^T + b), as in `linear`; GELU by the error function (Hendrycks and Gimpel, arXiv
-    1606.08415): x times the probability that a standard normal number is below x.
+def feed_forward(
+    values: Tensor, inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]
+) -> Tensor:
+    """GELU(x W_1^T + b_1) W_2^T + b_2: the second half of a layer (Vaswani et al. 2017, 3.3).
+
+    values (..., H); inner: W_1 (I, H), b_1 (I,); outer: W_2 (H, I), b_2 (H,), rounded as in
+    `linear`. Returns (..., H). GELU by the error function (Hendrycks and Gimpel, arXiv 1606.08415):
+    x times the probability that a standard normal number is below x.
     """
-    return F.gelu(linear(values, weight, bias))
+    return linear(F.gelu(linear(values, *inner)), *outer)
 
 
 def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
