@@ -279,8 +279,9 @@ def forward_passes(
 ) -> tuple[Student, BertForMaskedLM | None]:
     """Student and teacher as the steps run them; evaluations take the models themselves.
 
-    The steps' teacher has its weights in the run's dtype, so that they are rounded once. MLM alone
-    does not wait for a teacher.
+    The steps' teacher has its weights in the run's dtype, so that they are rounded once, and on a
+    CPU (`freeze`) of a type that fused operations know; in float32 they are the teacher's own, and
+    what they hold stays. MLM alone does not wait for a teacher.
     """
     learner, guide = student, None
     if run.follows_teacher:

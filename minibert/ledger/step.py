@@ -128,7 +128,10 @@ def _model(source: Path | None, shapes_only: bool) -> BertForMaskedLM:
 
 
 def _rounded(teacher: BertForMaskedLM) -> BertForMaskedLM:
-    """As `train.forward_passes` has it in bfloat16, by a way that tensors without elements go."""
+    """As `train.forward_passes` has it in bfloat16, by a way that tensors without elements go.
+
+    Its weights are not those of `ops.frozen`: what is recorded is the same on every CPU.
+    """
     rounded = BertForMaskedLM(teacher.config)
     weights = {name: t.to(torch.bfloat16) for name, t in teacher.state_dict().items()}
     rounded.load_state_dict(weights, assign=True)

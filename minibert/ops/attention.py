@@ -66,9 +66,10 @@ def _attention_without_backward(
 ) -> Tensor:
     """Attention without dropout: of one sequence so many heads at once as fit into the cache."""
     B, N, S, D = query.shape
+    exact = precise_dtype(query)
     context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
     for b, real, n in _sequences(attention_mask):
-        q, k = (_filled_up(part[b][:, real], float32=True) for part in (query, key))  # (N, m, D)
+        q, k = (_filled_up(part[b][:, real], exact) for part in (query, key))  # (N, m, D)
         v = _filled_up(value[b][:, real])  # (N, m, D)
         m = q.shape[1]
         for heads in tiles(N, m * m, in_cache(q, times=4)):
@@ -95,15 +96,16 @@ class _Attention(Function):
     def forward(ctx, query, key, value, attention_mask, dropout, teacher=None, loss_of_rows=None):
         B, N, S, D = query.shape
         ctx.scale, maps, loss_maps = 1.0, [], []
+        exact = precise_dtype(query)
         context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
-        loss_sum = None if teacher is None else query.new_zeros((), dtype=precise_dtype(query))
+        loss_sum = None if teacher is None else query.new_zeros((), dtype=exact)
         for b, real, n in _sequences(attention_mask):
-            q, k = (_filled_up(part[b][:, real], float32=True) for part in (query, key))
+            q, k = (_filled_up(part[b][:, real], exact) for part in (query, key))
             v = _filled_up(value[b][:, real])  # (N, m, D), as q and k
             if teacher is None:
                 probs = _probs(q, k, n)  # (N, m, m)
             else:
-                guides = (_filled_up(part[b][:, real], float32=True) for part in teacher)
+                guides = (_filled_up(part[b][:, real], exact) for part in teacher)
                 scores = _scores(q, k, n), _scores(*guides, n)  # (N, m, m) each
                 rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, m, m) twice
                 loss_sum += rows_loss
@@ -168,17 +170,15 @@ def rounded_up(n: int) -> int:
     return n + -n % LENGTH_STEP
 
 
-def _filled_up(values: Tensor, float32: bool = False) -> Tensor:
-    """(N, n, D), contiguous and with rows of 0 behind: (N, m, D); `float32`: or better, as
-    `precise` has it.
+def _filled_up(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, n, D), contiguous and with rows of 0 behind: (N, m, D), of their own dtype or another.
 
     The keys among these rows are masked. A query of 0 sees the others alike in both models, so that
     no loss and no gradient comes of it.
     """
     N, n, D = values.shape
-    dtype = precise_dtype(values) if float32 else values.dtype
     m = rounded_up(n)
-    filled = values.new_empty(N, m, D, dtype=dtype)
+    filled = values.new_empty(N, m, D, dtype=dtype)  # None: their own
     filled[:, :n] = values
     if n < m:
         filled[:, n:].zero_()

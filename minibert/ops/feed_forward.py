@@ -1,4 +1,4 @@
-"""The fused feed-forward network of a layer, on a CPU.
+"""The second part of a fused feed-forward network, on a CPU: GELU and the linear map after it.
 
 Shapes: n rows, H hidden, I intermediate.
 """
@@ -12,8 +12,8 @@ from torch.autograd.function import Function, once_differentiable
 class GeluThenLinear(Function):
     """Y = GELU(X) W^T + b:    dX = (dY W) GELU'(X),    dW = dY^T GELU(X),    db = sum of dY's rows.
 
-    For backward X alone is kept, GELU(X) is formed anew: of a layer's values it would be one of the
-    two largest, (n, I).
+    Of the two tensors (n, I) backward finds X alone, and forms GELU(X) anew. Gradients are of the
+    dtype of the values, as torch's own; autograd gives them on in that of the weights.
     """
 
     @staticmethod
@@ -26,7 +26,8 @@ class GeluThenLinear(Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, weight = ctx.saved_tensors
-        d_rows = upstream.reshape(-1, upstream.shape[-1])  # (n, H)
-        d_weight = d_rows.T @ F.gelu(values).view(-1, values.shape[-1])  # (H, I)
-        d_values = torch.ops.aten.gelu_backward(upstream @ weight, values)
-        return d_values, d_weight, d_rows.sum(0)
+        rows = values.reshape(-1, values.shape[-1])  # (n, I)
+        d_output = upstream.reshape(-1, upstream.shape[-1])  # (n, H)
+        d_weight = d_output.T @ F.gelu(rows)  # (H, I)
+        d_rows = torch.ops.aten.gelu_backward(d_output @ weight, rows)  # (n, I)
+        return d_rows.view(values.shape), d_weight, d_output.sum(0)

@@ -85,7 +85,7 @@ def feed_forward(
 ) -> Tensor:
     """GELU(x W_1^T + b_1) W_2^T + b_2, as `plain.feed_forward`.
 
-    On a CPU GELU's result is not kept for backward.
+    On a CPU a frozen model has GELU within its first product, and others form it anew in backward.
     """
     if isinstance(inner[0], FrozenWeight):
         return linear(frozen_linear(values, *inner, gelu=True), *outer)

@@ -1,6 +1,7 @@
 """Attention and the loss terms as plain formulas: the truth that faster versions are held to.
 
-Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
+Shapes: B batch, S sequence, N heads, D head size, H hidden, I intermediate, V vocabulary, M masked
+positions.
 Each loss is a *sum* over what it counts; the loop divides by the counts of the whole global batch
 (of `vocabulary_loss` the weights), so that the result does not depend on how the batch was cut.
 Sums are float32 (float64 for float64 inputs). Which losses, and why: Rohanian et al., arXiv
@@ -84,7 +85,8 @@ def feed_forward(
     `linear`. Returns (..., H). GELU by the error function (Hendrycks and Gimpel, arXiv 1606.08415):
     x times the probability that a standard normal number is below x.
     """
-    return linear(F.gelu(linear(values, *inner)), *outer)
+    intermediate = F.gelu(linear(values, *inner))  # (..., I)
+    return linear(intermediate, *outer)  # (..., H)
 
 
 def projections(values: Tensor, *linears: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
