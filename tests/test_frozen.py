@@ -1,6 +1,7 @@
 """Linear maps of a frozen model give what others give, and are the teacher's in a run's steps."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,9 @@ def here(dtype: torch.dtype) -> bool:
     """Whether this CPU has such products, by what the system tells of it."""
     about_it = Path("/proc/cpuinfo")
     flags = set(about_it.read_text().split()) if about_it.exists() else set()
-    has_avx512 = {"avx512bw", "avx512dq", "avx512vl"} <= flags
-    return has_avx512 and (
-        dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
-    )
+    if not {"avx512bw", "avx512dq", "avx512vl"} <= flags or "ATEN_CPU_CAPABILITY" in os.environ:
+        return False
+    return dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
 
 
 def linear_of(num_in: int, num_out: int, dtype: torch.dtype) -> nn.Linear:
@@ -126,10 +126,10 @@ def test_elsewhere_weights_stay_as_they_are(monkeypatch, lacking):
     elif lacking == "AVX-512":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     elif lacking == "bfloat16":
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        name = "_is_mkldnn_bf16_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False, raising=False)
     elif lacking == "exact products":  # as of a CPU that rounds factors to bfloat16
-        rounded = frozen_linear(torch.ones(256, 256), torch.eye(256), torch.zeros(256))
-        monkeypatch.setattr(frozen, "frozen_linear", lambda *_: rounded)
+        monkeypatch.setattr(frozen, "frozen_linear", lambda values, *_: torch.ones_like(values))
     else:  # float32 is another library's
         torch.set_float32_matmul_precision("highest")
     freeze(linear)
