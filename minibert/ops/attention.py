@@ -66,10 +66,10 @@ def _attention_without_backward(
 ) -> Tensor:
     """Attention without dropout: of one sequence so many heads at once as fit into the cache."""
     B, N, S, D = query.shape
-    exact = precise_dtype(query)
+    dtype = precise_dtype(query)
     context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
     for b, real, n in _sequences(attention_mask):
-        q, k = (_filled_up(part[b][:, real], exact) for part in (query, key))  # (N, m, D)
+        q, k = (_filled_up(part[b][:, real], dtype) for part in (query, key))  # (N, m, D)
         v = _filled_up(value[b][:, real])  # (N, m, D)
         m = q.shape[1]
         for heads in tiles(N, m * m, in_cache(q, times=4)):
@@ -96,16 +96,16 @@ class _Attention(Function):
     def forward(ctx, query, key, value, attention_mask, dropout, teacher=None, loss_of_rows=None):
         B, N, S, D = query.shape
         ctx.scale, maps, loss_maps = 1.0, [], []
-        exact = precise_dtype(query)
+        dtype = precise_dtype(query)
         context = query.new_zeros(B, S, N, D).transpose(1, 2)  # (B, N, S, D), laid out as (B, S, H)
-        loss_sum = None if teacher is None else query.new_zeros((), dtype=exact)
+        loss_sum = None if teacher is None else query.new_zeros((), dtype=dtype)
         for b, real, n in _sequences(attention_mask):
-            q, k = (_filled_up(part[b][:, real], exact) for part in (query, key))
+            q, k = (_filled_up(part[b][:, real], dtype) for part in (query, key))
             v = _filled_up(value[b][:, real])  # (N, m, D), as q and k
             if teacher is None:
                 probs = _probs(q, k, n)  # (N, m, m)
             else:
-                guides = (_filled_up(part[b][:, real], exact) for part in teacher)
+                guides = (_filled_up(part[b][:, real], dtype) for part in teacher)  # (N, m, D')
                 scores = _scores(q, k, n), _scores(*guides, n)  # (N, m, m) each
                 rows_loss, d_scores, probs = loss_of_rows(*scores)  # (), (N, m, m) twice
                 loss_sum += rows_loss
