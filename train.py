@@ -25,15 +25,20 @@ from minibert.data.corpus import Corpus
 from minibert.demonstration import demonstration
 from minibert.errors import ArgumentParser, InputError, Stopped, run_command
 from minibert.evaluate import check_fit, evaluate, load_for_corpus
-from minibert.files import sha256_of_files
-from minibert.folder import CONFIG, WEIGHTS, save_model
+from minibert.folder import CONFIG, save_model
 from minibert.model import BertForMaskedLM
 from minibert.ops import fused, plain
 from minibert.ops.frozen import freeze
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
 from minibert.run_config import RunConfig
 from minibert.student import Student, layers_to_follow, new_student, without_projection
-from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint
+from minibert.training.checkpoint import (
+    State,
+    hashes_of_sources,
+    load_newest,
+    run_folder,
+    save_checkpoint,
+)
 from minibert.training.device import (
     MICRO_BATCH_TOKENS,
     RELEASE_MEMORY_EVERY,
@@ -78,7 +83,7 @@ def train(run: RunConfig) -> None:
         batches = Batches(corpus, *sizes, run.seed, rank(), world_size(), packed)
         held_out = batches.held_out(run.eval_documents)[rank() :: world_size()]
         optimizer = build_optimizer(student, run.weight_decay)
-        learnt_from = identity(run, corpus)
+        learnt_from = hashes_of_sources(run, corpus)
 
     with run_folder(run, learnt_from), StopRequest(run.max_hours) as stop:
         first_step, skipped = load_newest(run.out, student, optimizer)
@@ -294,16 +299,6 @@ def forward_passes(
         learner = torch.compile(learner)
         guide = None if guide is None else torch.compile(guide)
     return shared_gradients(learner), guide
-
-
-def identity(run: RunConfig, corpus: Corpus) -> dict[str, str]:
-    """What a run learns from, as hashes: a resumed run must find the same."""
-    hashes = {"corpus": corpus.corpus_sha256, "vocabulary": corpus.tokenizer.vocabulary_sha256}
-    for name, source in (("teacher", run.teacher), ("model", run.model)):
-        if source is not None:
-            files = [source / CONFIG, source / WEIGHTS] if source.is_dir() else [source]
-            hashes[name] = sha256_of_files(*files)
-    return hashes
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The operations that `losses.py` measures, what each is called with, and at which sizes.
 
-Shapes: B batch, S sequence, N heads, D head size, H hidden, V vocabulary, M masked positions.
+Shapes: B batch, S sequence, N heads, D head size, H hidden, I intermediate, V vocabulary, M masked
+positions.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minibert.ops import fused, plain
 
-N, D, H, BIOBERT_V = 12, 64, 768, 28_996
+N, D, H, I, BIOBERT_V = 12, 64, 768, 3072, 28_996
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -86,6 +87,22 @@ def for_add_and_norm(like: Tensor, B: int, S: int) -> Call:
     weight, bias = (normal(like, H, learns=True) for _ in range(2))
     upstream = normal(like, B, S, H)
     return Call([residual, values, 0.1, weight, bias, 1e-12], upstream)
+
+
+def for_feed_forward(like: Tensor, B: int, S: int) -> Call:
+    """Weights of such a size that values stay near 1."""
+    arguments = [normal(like, B, S, H, learns=True)]
+    for shape in ((I, H), (H, I)):  # of each weight
+        arguments.append(normal(like, *shape, scale=shape[1] ** -0.5, learns=True))
+        arguments.append(normal(like, shape[0], learns=True))
+    return Call(arguments, upstream=normal(like, B, S, H))
+
+
+def of_five_tensors(
+    feed_forward: Callable[..., Tensor], values: Tensor, *parameters: Tensor
+) -> Tensor:
+    """values, W_1, b_1, W_2, b_2."""
+    return feed_forward(values, parameters[:2], parameters[2:])
 
 
 def for_dropout(like: Tensor, B: int, S: int) -> Call:
@@ -174,6 +191,12 @@ ADD_AND_NORM = Operation(
     has_kernels=True,
     is_random=True,
 )
+FEED_FORWARD = Operation(
+    "feed_forward",
+    partial(of_five_tensors, plain.feed_forward),
+    partial(of_five_tensors, fused.feed_forward),
+    for_feed_forward,
+)
 DROPOUT = Operation("dropout", plain.dropout, fused.dropout, for_dropout, is_random=True)
 
 
@@ -212,7 +235,7 @@ def quick_cases() -> list[Case]:
     cases += of_both_dtypes(ATTENTION_MAP_MSE, B=1, S=256)
     for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, ATTENTION, ATTENTION_WITH_DROPOUT):
         cases += of_both_dtypes(operation, B=1, S=256)
-    for operation in (ATTENTION_AND_MAP_LOSS, ADD_AND_NORM, DROPOUT):
+    for operation in (ATTENTION_AND_MAP_LOSS, FEED_FORWARD, ADD_AND_NORM, DROPOUT):
         cases += of_both_dtypes(operation, B=1, S=256)
     return cases
 
@@ -230,7 +253,7 @@ def all_cases() -> list[Case]:
     for S in (64, 256, 1024, 2048):
         for operation in (ATTENTION, ATTENTION_WITH_DROPOUT, ATTENTION_AND_MAP_LOSS):
             cases += of_both_dtypes(operation, B=1, S=S)
-    for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, ADD_AND_NORM, DROPOUT):
+    for operation in (HIDDEN_STATE_LOSS, HIDDEN_STATE_MSE, FEED_FORWARD, ADD_AND_NORM, DROPOUT):
         cases += of_both_dtypes(operation, B=8, S=256)
     return cases
 

@@ -7,7 +7,8 @@
 
 FLOPs are those of matrix products, 2 for each multiplication and its addition. Bytes are those of
 the tensors that each operation reads and writes, as if nothing were cached. Kept is what autograd
-keeps for backward. The text is random tokens, every sequence of full length.
+keeps for backward. The text is random tokens, every sequence of full length; the teacher's weights
+are as in a file, while a run may have them packed for its CPU (`ops.frozen`).
 
 --json FILE holds one object:
   settings    what the flags said; recipe: all of it, null with --forward

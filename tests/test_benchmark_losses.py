@@ -25,6 +25,7 @@ OPERATIONS = (
     cases.ATTENTION_WITH_DROPOUT,
     cases.DROPOUT,
     cases.ATTENTION_AND_MAP_LOSS,
+    cases.FEED_FORWARD,
     cases.ADD_AND_NORM,
 )
 

@@ -19,7 +19,7 @@ class FrozenWeight(nn.Parameter):
 
 
 def can_freeze(weight: Tensor) -> bool:
-    """Whether `frozen_linear` can multiply by a weight of this kind, without rounding factors."""
+    """Whether `frozen_linear` can multiply by weights of this kind, without rounding factors."""
     functions = torch.ops.mkldnn
     if weight.device.type != "cpu" or not all(hasattr(functions, name) for name in FUNCTIONS):
         return False
@@ -42,7 +42,8 @@ def _products_are_float32() -> bool:
 def freeze(model: nn.Module) -> None:
     """Make the weights of a model's linear maps, where they can be, `FrozenWeight`s, in place."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    linears = [linear for linear in linears if can_freeze(linear.weight)]
+    if not can_freeze(linears[0].weight):  # all are of one device and dtype
+        return
     # All at first, and only then the old ones are let go: a packed weight is a little too large for
     # the gap that another leaves, and such gaps would stay.
     weights = [_laid_out(linear.weight.detach()) for linear in linears]

@@ -9,8 +9,9 @@ Products are of the dtype that comes in, sums and exponentials float32 (float64 
 
 All is PyTorch; on a GPU with Triton most of it is handed to `kernels/`. Here they come together:
 attention and the losses of its maps from `attention.py`, `dropout.py`, the losses of hidden states
-from `hidden_states.py`, those over the vocabulary from `vocabulary.py`, and linear maps from
-`projections.py` on a GPU, and on a CPU from `feed_forward.py` and for a frozen model `frozen.py`.
+from `hidden_states.py`, those over the vocabulary from `vocabulary.py`; of linear maps those of a
+GPU from `projections.py`, those of a frozen model on a CPU from `frozen.py`, and GELU with the map
+after it from `feed_forward.py`.
 """
 
 import torch

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minibert.data.corpus import Corpus
 from minibert.errors import InputError, in_one_line
 from minibert.files import atomic_folder, locked, read_json, sha256_of_files, write_json
 from minibert.folder import CONFIG, WEIGHTS, read_tensors, write_tensors
@@ -35,6 +36,16 @@ class State(NamedTuple):
 
 class Damaged(InputError):
     """A checkpoint that is not as it was written."""
+
+
+def hashes_of_sources(run: RunConfig, corpus: Corpus) -> dict[str, str]:
+    """What a run learns from, for `run_folder`."""
+    hashes = {"corpus": corpus.corpus_sha256, "vocabulary": corpus.tokenizer.vocabulary_sha256}
+    for name, source in (("teacher", run.teacher), ("model", run.model)):
+        if source is not None:
+            files = [source / CONFIG, source / WEIGHTS] if source.is_dir() else [source]
+            hashes[name] = sha256_of_files(*files)
+    return hashes
 
 
 @contextmanager
