@@ -32,13 +32,7 @@ from minibert.ops.frozen import freeze
 from minibert.recipes import ATTENTION_LOSSES, HIDDEN_LOSSES
 from minibert.run_config import RunConfig
 from minibert.student import Student, layers_to_follow, new_student, without_projection
-from minibert.training.checkpoint import (
-    State,
-    hashes_of_sources,
-    load_newest,
-    run_folder,
-    save_checkpoint,
-)
+from minibert.training.checkpoint import State, load_newest, run_folder, save_checkpoint, sources
 from minibert.training.device import (
     MICRO_BATCH_TOKENS,
     RELEASE_MEMORY_EVERY,
@@ -83,7 +77,7 @@ def train(run: RunConfig) -> None:
         batches = Batches(corpus, *sizes, run.seed, rank(), world_size(), packed)
         held_out = batches.held_out(run.eval_documents)[rank() :: world_size()]
         optimizer = build_optimizer(student, run.weight_decay)
-        learnt_from = hashes_of_sources(run, corpus)
+        learnt_from = sources(run, corpus)
 
     with run_folder(run, learnt_from), StopRequest(run.max_hours) as stop:
         first_step, skipped = load_newest(run.out, student, optimizer)

@@ -40,7 +40,7 @@ from minibert.folder import CONFIG
 from minibert.model import BertForMaskedLM
 from minibert.recipes import RECIPES
 from minibert.run_config import RunConfig
-from minibert.training.checkpoint import checkpoints, hashes_of_sources
+from minibert.training.checkpoint import checkpoints, sources
 from minibert.training.device import set_up_device
 from minibert.training.runlog import HELD_OUT_LOSS, METRICS, read_metrics
 
@@ -95,7 +95,7 @@ VARIANTS = {
 
 def planned(flags: Any) -> Iterator[Job]:
     """The runs that were asked for, seed by seed."""
-    learnt_from = hashes_of_sources(run_of("compactbiobert", 0, flags), Corpus.open(flags.data))
+    learnt_from = sources(run_of("compactbiobert", 0, flags), Corpus.open(flags.data))
     for seed in range(flags.seeds):
         for name in flags.only or VARIANTS:
             run = run_of(name, seed, flags)

@@ -38,8 +38,8 @@ class Damaged(InputError):
     """A checkpoint that is not as it was written."""
 
 
-def hashes_of_sources(run: RunConfig, corpus: Corpus) -> dict[str, str]:
-    """What a run learns from, for `run_folder`."""
+def sources(run: RunConfig, corpus: Corpus) -> dict[str, str]:
+    """Hashes of what a run learns from, for `run_folder`."""
     hashes = {"corpus": corpus.corpus_sha256, "vocabulary": corpus.tokenizer.vocabulary_sha256}
     for name, source in (("teacher", run.teacher), ("model", run.model)):
         if source is not None:
